@@ -1,0 +1,55 @@
+"""memplan: how much GPU memory a fine-tune takes, and what to run so that it fits.
+
+The nouns are `Architecture`, `Recipe`, `Gpu` and `Footprint`; `inspect` reads a model
+into an `Architecture`, `find_gpu` a card's name into a `Gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memplan.architecture import Architecture
+    from memplan.catalog import inspect
+    from memplan.errors import InputError, MemplanError
+    from memplan.footprint import Footprint, Moment
+    from memplan.gpu import Gpu, find_gpu
+    from memplan.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Architecture",
+    "Footprint",
+    "Gpu",
+    "InputError",
+    "MemplanError",
+    "Moment",
+    "Recipe",
+    "find_gpu",
+    "inspect",
+]
+
+_MODULES = {
+    "Architecture": "architecture",
+    "Footprint": "footprint",
+    "Gpu": "gpu",
+    "InputError": "errors",
+    "MemplanError": "errors",
+    "Moment": "footprint",
+    "Recipe": "recipe",
+    "find_gpu": "gpu",
+    "inspect": "catalog",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a noun or verb when it is first used, so that importing costs nothing."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'memplan' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"memplan.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,190 @@
+"""`Architecture`: what a model is made of, read off its own module tree.
+
+Blocks that repeat are held once with the layers they stand for. Every parameter is held
+exactly once, as the weight or bias of a linear, as stacked experts, or by its shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PARAMETER_KINDS = (
+    "embedding",
+    "attention",
+    "mlp",
+    "experts",
+    "router",
+    "norm",
+    "head",
+    "other",
+)
+"""What a parameter belongs to; counts are given by these kinds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """A linear layer: y = x W^T + b."""
+
+    path: str
+    """Path of the module: within its block, or within the model outside of blocks."""
+    in_features: int
+    out_features: int
+    bias: bool
+    kind: str
+    """One of PARAMETER_KINDS: attention, mlp, router, head or other."""
+    transposed: bool = False
+    """Whether the weight is stored (in_features, out_features): GPT-2's Conv1D."""
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_weights + self.bias * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """A parameter that no linear layer holds, such as a norm's scale."""
+
+    path: str
+    shape: tuple[int, ...]
+    kind: str
+    """One of PARAMETER_KINDS."""
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A kind of layer that repeats, with the places where it stands."""
+
+    name: str
+    """The class of the layer, and what sets this kind apart from its siblings."""
+    stack: str
+    """Path of the list that the layers stand in, such as `model.layers`."""
+    layers: tuple[int, ...]
+    """Positions in that list of the layers of this kind."""
+    linears: tuple[Linear, ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of one such layer."""
+        return _count(self.linears) + _count(self.parameters)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the layers within the model."""
+        return tuple(f"{self.stack}.{layer}" for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What a model is made of.
+
+    `total_parameters` counts a tied weight once.
+    """
+
+    name: str
+    model_type: str
+    """Hugging Face's name of the family."""
+    class_name: str
+    """The class that transformers (or memplan, for remote code) builds."""
+    config: Mapping[str, Any]
+    """The configuration as the hub holds it, from which the model can be built."""
+    hidden_size: int
+    vocab_size: int
+    max_positions: int | None
+    """Longest sequence that the configuration states."""
+    learned_positions: bool
+    """Whether positions are an embedding table: then a longer sequence cannot run."""
+    generative: bool
+    """Whether it is a causal language model, which simulation and estimate need."""
+    tied: bool
+    """Whether the head's weight is the input embedding's."""
+    num_experts: int
+    """Experts of a mixture-of-experts layer, 0 where there are none."""
+    blocks: tuple[Block, ...]
+    linears: tuple[Linear, ...]
+    """Linear layers outside of blocks, the head included unless it is tied."""
+    parameters: tuple[Parameter, ...]
+    """Other parameters outside of blocks, embeddings included."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in all stacks."""
+        return sum(len(block.layers) for block in self.blocks)
+
+    @property
+    def total_parameters(self) -> int:
+        in_blocks = sum(b.num_parameters * len(b.layers) for b in self.blocks)
+        return in_blocks + _count(self.linears) + _count(self.parameters)
+
+    @property
+    def parameters_by_kind(self) -> dict[str, int]:
+        """Parameters by PARAMETER_KINDS, kinds without any left out."""
+        counts = dict.fromkeys(PARAMETER_KINDS, 0)
+        for repeats, held in self._held():
+            counts[held.kind] += repeats * held.num_parameters
+        return {kind: count for kind, count in counts.items() if count}
+
+    def all_linears(self) -> Iterator[tuple[str, Linear]]:
+        """Every linear layer with its full path, layer after layer, then the rest."""
+        for block in self.blocks:
+            for path in block.paths:
+                for linear in block.linears:
+                    yield f"{path}.{linear.path}", linear
+        for linear in self.linears:
+            yield linear.path, linear
+
+    def to_json(self) -> dict[str, Any]:
+        """The architecture as `profiles/architectures` and `--json` hold it."""
+        return dataclasses.asdict(self) | {"config": dict(self.config)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Architecture:
+        """The architecture that `to_json` wrote."""
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        return cls(
+            **fields
+            | {
+                "blocks": tuple(_block(block) for block in data["blocks"]),
+                "linears": tuple(Linear(**linear) for linear in data["linears"]),
+                "parameters": _parameters(data["parameters"]),
+                "notes": tuple(data["notes"]),
+            }
+        )
+
+    def _held(self) -> Iterator[tuple[int, Linear | Parameter]]:
+        for block in self.blocks:
+            for held in (*block.linears, *block.parameters):
+                yield len(block.layers), held
+        for held in (*self.linears, *self.parameters):
+            yield 1, held
+
+
+def _count(held: tuple[Linear, ...] | tuple[Parameter, ...]) -> int:
+    return sum(one.num_parameters for one in held)
+
+
+def _block(data: Mapping[str, Any]) -> Block:
+    return Block(
+        name=data["name"],
+        stack=data["stack"],
+        layers=tuple(data["layers"]),
+        linears=tuple(Linear(**linear) for linear in data["linears"]),
+        parameters=_parameters(data["parameters"]),
+    )
+
+
+def _parameters(data: list[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(**one | {"shape": tuple(one["shape"])}) for one in data)

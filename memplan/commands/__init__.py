@@ -1,0 +1,1 @@
+"""The commands, one click command a file: parse, call one function, report."""

@@ -1,0 +1,27 @@
+"""`memplan inspect`: what a model is made of."""
+
+from __future__ import annotations
+
+import click
+
+from memplan.catalog import architecture_of
+from memplan.commands.options import json_option, trust_option
+from memplan.model_source import read_config
+from memplan.reporters import architecture, json
+
+
+@click.command()
+@click.argument("model")
+@trust_option
+@json_option
+def command(model: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show what a model is made of.
+
+    MODEL is a catalog name, a hub id, a folder or a config.json.
+    """
+    source = read_config(model, trust_remote_code=trust_remote_code)
+    inspected = architecture_of(source, trust_remote_code=trust_remote_code)
+    if as_json:
+        json.report_architecture(inspected, source.notes)
+    else:
+        architecture.report(inspected, source.notes)

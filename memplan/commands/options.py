@@ -1,0 +1,162 @@
+"""The options that commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from memplan.errors import InputError
+from memplan.fields import Flag
+from memplan.gpu import Gpu, find_gpu
+from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
+from memplan.units import parse_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LARGEST_RECIPE_BYTES = 2**20
+"""A recipe file beyond this is some other file."""
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run Python code that the model's repository brings.",
+)
+
+
+def gpu_options(function: Function) -> Function:
+    """The options that say which card, and what of it is kept back."""
+    options = (
+        click.option("--gpu", "gpu_text", help="A card, a size such as 12GB, or auto."),
+        click.option("--reserve", help="Memory kept back, such as 1GiB."),
+        click.option("--display", is_flag=True, help="Keep back what a desktop takes."),
+        click.option("--context", help="Size of the CUDA context, where known."),
+        click.option(
+            "--os",
+            "os_name",
+            type=click.Choice(["linux", "windows", "wsl"]),
+            help="Whose driver the card runs under.",
+        ),
+    )
+    return _decorated(function, options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GpuOptions:
+    """What the gpu options were given as."""
+
+    gpu_text: str | None
+    reserve: str | None
+    display: bool
+    context: str | None
+    os_name: str | None
+
+    def find(self) -> Gpu | None:
+        """The card that the options describe; None where none is given."""
+        if self.gpu_text is None:
+            return None
+        return find_gpu(
+            self.gpu_text,
+            reserve_bytes=_size(self.reserve, "--reserve") or 0,
+            display=self.display,
+            context_bytes=_size(self.context, "--context"),
+            os_name=self.os_name,
+        )
+
+
+def recipe_options(function: Function) -> Function:
+    """`--recipe` and one option for each key of a recipe."""
+    options = [
+        click.option(
+            "--recipe",
+            "recipe_file",
+            help="A recipe file, or - for standard input; options given as well win.",
+        )
+    ]
+    for field in dataclasses.fields(Recipe):
+        names = [f"--{field.name.replace('_', '-')}", *_ALIASES.get(field.name, ())]
+        options.append(
+            click.option(*names, field.name, metavar=_metavar(field), help=_help(field))
+        )
+    return _decorated(function, options)
+
+
+_ALIASES = {"batch_size": ("--batch",), "sequence_length": ("--seq",)}
+
+
+def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
+    """The recipe of the command's options, and the model that its file names.
+
+    Takes the recipe's options out of the command's.
+    """
+    file = options.pop("recipe_file")
+    keys, model = read_recipe_file(file) if file else ({}, None)
+    given = {name: options.pop(name) for name in field_names()}
+    overrides = {
+        name: parse_option(name, text) for name, text in given.items() if text is not None
+    }
+    return Recipe.from_mapping(keys | overrides), model
+
+
+def read_recipe_file(file: str) -> tuple[Mapping[str, Any], str | None]:
+    """The keys in a recipe file and the model it names, if any; `-` is stdin."""
+    return read_recipe_text(_read_text(file), "--recipe")
+
+
+def model_argument(model: str | None, named: str | None) -> str:
+    """The model that is asked for: the argument, else what the recipe file names."""
+    if model is None and named is None:
+        raise InputError(
+            "MODEL",
+            "",
+            "is missing",
+            "give a catalog name, a hub id, a folder or a config.json",
+        )
+    return model if model is not None else str(named)
+
+
+def _read_text(file: str) -> str:
+    remedy = "give a readable JSON or YAML file"
+    try:
+        if file == "-":
+            data = sys.stdin.buffer.read(LARGEST_RECIPE_BYTES + 1)
+        else:
+            with Path(file).open("rb") as opened:
+                data = opened.read(LARGEST_RECIPE_BYTES + 1)
+        if len(data) > LARGEST_RECIPE_BYTES:
+            raise InputError("--recipe", file, "is larger than 1 MiB", remedy)
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = f"cannot be read ({reason})"
+        raise InputError("--recipe", file, problem, remedy) from error
+
+
+def _decorated(function: Function, options: Any) -> Function:
+    return functools.reduce(lambda f, option: option(f), reversed(options), function)
+
+
+def _size(text: str | None, field: str) -> int | None:
+    return None if text is None else parse_size(text, field)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    return "BOOLEAN" if isinstance(field.metadata["kind"], Flag) else "VALUE"
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text: str = field.metadata["help"]
+    default = field.default
+    if isinstance(default, bool):
+        return f"{text} [{str(default).lower()}]"
+    if isinstance(default, str | int | float):
+        return f"{text} [{default}]"
+    return text

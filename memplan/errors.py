@@ -1,0 +1,79 @@
+"""Every error memplan raises on purpose.
+
+* MemplanError          exit code 3: memplan itself is wrong
+  + InputError          exit code 2: says the field, the value and the way out
+    - UnknownNameError  a name that is in no catalog or registry; lists the near ones
+    - HubError          the hub, its cache or its answer
+    - MissingExtraError a part that is not installed; names the extra
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemplanError(Exception):
+    """The root of memplan's errors; `exit_code` is what the command line returns."""
+
+    exit_code = 3
+
+
+class InputError(MemplanError):
+    """What the user gave cannot be used: the message names field, value and way out."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field = field
+        self.value = value
+        super().__init__(f"{field}: {shown(value)} {problem}; {remedy}")
+
+
+class UnknownNameError(InputError):
+    """A name that nothing known carries; the message lists the near ones."""
+
+    def __init__(
+        self, field: str, value: object, known: Iterable[str], remedy: str = ""
+    ) -> None:
+        near = near_names(str(value), known)
+        listed = f"near: {', '.join(near)}" if near else "nothing known is near it"
+        super().__init__(
+            field, value, "is unknown", f"{listed}; {remedy}" if remedy else listed
+        )
+
+
+class HubError(InputError):
+    """The hub did not give a usable configuration."""
+
+
+class MissingExtraError(InputError):
+    """A part of memplan that needs packages which are not installed."""
+
+    def __init__(self, needed_for: str, package: str, extra: str) -> None:
+        super().__init__(
+            needed_for,
+            package,
+            "is not installed",
+            f"install it with: pip install 'memplan[{extra}]'",
+        )
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: quoted, on one line, at most 80 characters."""
+    text = repr(value)
+    if not text.isprintable():
+        text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def near_names(value: str, known: Iterable[str]) -> list[str]:
+    """At most six of the known names that resemble the value, nearest first."""
+    by_key = {name.casefold(): name for name in known}
+    key = value.casefold()
+    near = difflib.get_close_matches(key, by_key, n=6, cutoff=0.5)
+    if not near:
+        near = [k for k in by_key if key and (key in k or k in key)][:6]
+    if not near and len(by_key) <= 16:
+        near = list(by_key)
+    return [by_key[k] for k in near]

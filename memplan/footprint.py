@@ -1,0 +1,166 @@
+"""`Footprint`: bytes through a fine-tune, moment by moment.
+
+Predicted, simulated and measured memory all come as this one type, so that comparing is
+subtraction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.errors import MemplanError
+
+CATEGORIES = (
+    "weights",
+    "quantization_state",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "workspace",
+    "cache",
+    "context",
+    "paged",
+)
+"""What a byte is for.
+
+`cache` is what the caching allocator has reserved beyond what is allocated; `context`
+is the CUDA context; `paged` is optimizer state in CUDA's managed memory. The latter two
+lie outside of torch's own numbers.
+"""
+
+OUTSIDE_TORCH = ("context", "paged")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """A stretch of a fine-tune's life, and the peaks within it."""
+
+    label: str
+    """`load`, `adapt`, `1.forward`, `1.backward`, ..., `2.optimizer`, `save`, ..."""
+    allocated_bytes: int
+    """What torch.cuda.max_memory_allocated would say."""
+    reserved_bytes: int
+    """What torch.cuda.max_memory_reserved would say."""
+    breakdown: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Allocated bytes by CATEGORIES when the allocated peak was reached."""
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the moment belongs to a training step."""
+        return self.label[0].isdigit()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Bytes through a fine-tune.
+
+    The peak is the worst moment of the training steps, as a loop that resets the
+    counters after loading reads it; the life's peak is the worst of all moments.
+    """
+
+    moments: tuple[Moment, ...]
+    context_bytes: int | None = None
+    """Bytes of the CUDA context, None where no card is given."""
+    paged_bytes: int = 0
+    """Bytes of optimizer state in managed memory."""
+    capacity_bytes: int | None = None
+    """Bytes that the card offers, context included and reserve taken off."""
+    failed_moment: str | None = None
+    """The moment in which the card ran out of memory, None where it did not."""
+    missing_bytes: int = 0
+    """How many bytes the failed allocation lacked."""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.moments:
+            raise MemplanError("a footprint without moments")
+
+    @property
+    def peak(self) -> Moment:
+        """The worst of the training steps."""
+        training = [m for m in self.moments if m.in_training]
+        return _worst(training or list(self.moments))
+
+    @property
+    def life_peak(self) -> Moment:
+        """The worst of all moments."""
+        return _worst(list(self.moments))
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the card's capacity suffices; None where no card is given."""
+        if self.failed_moment is not None:
+            return False
+        needed = self.device_bytes(self.life_peak)
+        if self.capacity_bytes is None or needed is None:
+            return None
+        return needed <= self.capacity_bytes
+
+    @property
+    def margin_bytes(self) -> int | None:
+        """What the card has left at the life's peak; negative where it lacks."""
+        needed = self.device_bytes(self.life_peak)
+        if self.capacity_bytes is None or needed is None:
+            return None
+        if self.failed_moment is not None:
+            return -self.missing_bytes
+        return self.capacity_bytes - needed
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """The peak by CATEGORIES; sums to its device, else reserved bytes."""
+        peak = self.peak
+        parts = {name: peak.breakdown.get(name, 0) for name in CATEGORIES}
+        parts["cache"] = peak.reserved_bytes - peak.allocated_bytes
+        if self.context_bytes is not None:
+            parts["context"] = self.context_bytes
+            parts["paged"] = self.paged_bytes
+        return parts
+
+    def device_bytes(self, moment: Moment) -> int | None:
+        """What nvidia-smi would say at a moment; None where no card is given."""
+        if self.context_bytes is None:
+            return None
+        return moment.reserved_bytes + self.context_bytes + self.paged_bytes
+
+    def peak_json(self, moment: Moment) -> dict[str, Any]:
+        """A moment as `peak` and `life_peak` give it."""
+        return {
+            "moment": moment.label,
+            "allocated_bytes": moment.allocated_bytes,
+            "reserved_bytes": moment.reserved_bytes,
+            "device_bytes": self.device_bytes(moment),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The footprint's part of the printed object."""
+        return {
+            "peak": self.peak_json(self.peak),
+            "life_peak": self.peak_json(self.life_peak),
+            "fits": self.fits,
+            "moments": [
+                {
+                    "label": moment.label,
+                    "allocated_bytes": moment.allocated_bytes,
+                    "reserved_bytes": moment.reserved_bytes,
+                }
+                for moment in self.moments
+            ],
+            "breakdown": self.breakdown,
+        }
+
+
+def _worst(moments: list[Moment]) -> Moment:
+    """The moment of the most allocated bytes, with the most reserved bytes of all.
+
+    That is what a loop reads which resets the counters once: the two peaks need not
+    fall into the same moment, since the allocator keeps what it has reserved.
+    """
+    worst = max(moments, key=lambda moment: moment.allocated_bytes)
+    reserved_bytes = max(moment.reserved_bytes for moment in moments)
+    return dataclasses.replace(worst, reserved_bytes=reserved_bytes)

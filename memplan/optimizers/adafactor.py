@@ -1,0 +1,35 @@
+"""Adafactor of transformers: second moments of matrices by row and column, in float32.
+
+Source: transformers.optimization.Adafactor.step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from memplan.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Adafactor(Optimizer):
+    """Adafactor as `Trainer` builds it: no relative step, no first moment."""
+
+    summary: ClassVar[str] = "transformers' Adafactor, second moments by row and column"
+
+    def state_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> tuple[int, ...]:
+        if len(shape) < 2:
+            return (4 * math.prod(shape),)
+        rows = math.prod(shape[:-1])
+        columns = math.prod(shape[:-2]) * shape[-1]
+        return 4 * rows, 4 * columns
+
+    def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        from transformers.optimization import Adafactor as Real
+
+        return Real(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
+
+
+PART = Adafactor()

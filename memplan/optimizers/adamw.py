@@ -1,0 +1,21 @@
+"""torch.optim.AdamW as CUDA runs it by default: over lists of tensors.
+
+`_multi_tensor_adam` holds one extra list, the square roots of the second moments, of
+the size of the trained parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from memplan.optimizers._adamw import Adamw
+
+
+class AdamwForeach(Adamw):
+    """AdamW over lists of tensors."""
+
+    summary: ClassVar[str] = "torch's AdamW, its default on CUDA (foreach)"
+    flags: ClassVar[dict[str, Any]] = {"foreach": True}
+
+
+PART = AdamwForeach()

@@ -1,0 +1,17 @@
+"""torch.optim.AdamW parameter after parameter: temporaries of one parameter's size."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from memplan.optimizers._adamw import Adamw
+
+
+class AdamwLoop(Adamw):
+    """AdamW over one tensor at a time."""
+
+    summary: ClassVar[str] = "torch's AdamW, one parameter after the other"
+    flags: ClassVar[dict[str, Any]] = {"foreach": False}
+
+
+PART = AdamwLoop()

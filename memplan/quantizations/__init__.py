@@ -1,0 +1,44 @@
+"""Schemes in which frozen linear layers are stored, one file each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from memplan import registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from memplan.recipe import Recipe
+
+
+class Quantization(ABC):
+    """How a frozen linear layer is stored, and the module that computes with it."""
+
+    summary: ClassVar[str]
+    """One line for lists of schemes."""
+    bits: ClassVar[int | None]
+    """Bits of a stored weight without its state; None where weights stay as loaded."""
+    loading_flag: ClassVar[str | None]
+    """The attribute by which transformers and PEFT know such a model."""
+
+    @abstractmethod
+    def stored_bytes(self, num_weights: int, out_features: int) -> tuple[int, ...]:
+        """Bytes of each tensor a linear layer is stored in, the weight's first.
+
+        Empty where weights stay as loaded.
+        """
+
+    @abstractmethod
+    def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:
+        """The module that stands for a linear layer, its weight as `stored_bytes` says.
+
+        The layer is on the meta device, and so is what comes back.
+        """
+
+
+def find(name: str) -> Quantization:
+    """The scheme of that name; raises UnknownNameError."""
+    scheme: Quantization = registry.load("quantizations", name, "quantization")
+    return scheme
