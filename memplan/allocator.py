@@ -8,8 +8,9 @@ Notable:
   2 MiB), above from the large one (segments of 20 MiB; from 10 MiB on, the request
   rounded up to 2 MiB).
 * The best fit is the smallest cached block of the request's stream; among equal sizes
-  the lowest address. So addresses matter: here each new segment lies above all earlier
-  ones, as on a fresh driver, and none is used twice.
+  the lowest address. So addresses matter: a driver places each new segment below the
+  earlier ones, which moves what is reserved by whole score matrices (measured on a T4).
+  No address is used twice.
 * A large block is split only for a remainder above 1 MiB. Otherwise it is handed out
   whole, and `allocated_bytes` counts all of it.
 * Nothing returns to the driver until an allocation fails or `empty_cache` is called,
@@ -138,7 +139,7 @@ class AllocatorSettings:
         """
         values = _split_entries(text)
         _check_backend(values.get("backend", "native"))
-        large_segment = _mebibytes(values, "large_segment_size_mb")
+        large_segment = _mebibytes(values, _SEGMENT)
         return cls(
             max_split_size_bytes=_mebibytes(values, "max_split_size_mb"),
             max_non_split_rounding_bytes=_mebibytes(
@@ -157,7 +158,7 @@ class AllocatorSettings:
     @property
     def rounds_to_powers(self) -> bool:
         """Whether any size rounds up to a step between powers of two."""
-        return any(self.divisions_by_interval())
+        return max(self.divisions_by_interval()) > 1
 
     def divisions_by_interval(self) -> tuple[int, ...]:
         """Steps between 2^i MiB and 2^(i+1) MiB, for each interval i.
@@ -186,12 +187,13 @@ _COLLECTION = "garbage_collection_threshold"
 _DIVISIONS = "roundup_power2_divisions"
 _DIVISIONS_REMEDY = "write 4, or [256:1,512:2,1024:4,>:8]"
 _FRACTION = "per_process_memory_fraction"
+_SEGMENT = "large_segment_size_mb"
 
 _MEMORY_KEYS = (
     "backend",
     "expandable_segments",
     _COLLECTION,
-    "large_segment_size_mb",
+    _SEGMENT,
     "max_non_split_rounding_mb",
     "max_split_size_mb",
     _FRACTION,
@@ -249,12 +251,8 @@ def _split_entries(text: str) -> dict[str, str]:
 
 def _check_backend(backend: str) -> None:
     if backend == "cudaMallocAsync":
-        raise _bad(
-            "backend",
-            backend,
-            "leaves the caching to the CUDA driver, whose rules are not published",
-            "use backend:native, PyTorch's default",
-        )
+        problem = "leaves the caching to the driver, whose rules are not published"
+        raise _bad("backend", backend, problem, "use backend:native, the default")
     if backend != "native":
         raise _bad("backend", backend, "is no allocator", "use backend:native")
 
@@ -274,6 +272,8 @@ def _share(values: Mapping[str, str], key: str, default: float) -> float:
         return default
     if not re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]{1,2})?", value):
         raise _bad(key, value, "is no number", "write it like 0.8")
+    if key == _COLLECTION and float(value) == 0:
+        raise _bad(key, value, "would collect always", "leave it out to collect never")
     return float(value)
 
 
@@ -285,7 +285,9 @@ def _flag(values: Mapping[str, str], key: str) -> bool:
 
 
 def _divisions(values: Mapping[str, str]) -> int | tuple[tuple[int | None, int], ...]:
-    value = values.get(_DIVISIONS, "1")
+    value = values.get(_DIVISIONS)
+    if value is None:
+        return 0
     if re.fullmatch("[1-9][0-9]*", value):
         return int(value)
     pairs = [_PAIR.fullmatch(pair) for pair in value.strip("[]").split(",")]
@@ -299,33 +301,20 @@ def _divisions(values: Mapping[str, str]) -> int | tuple[tuple[int | None, int],
 
 def _check_sizes(settings: AllocatorSettings) -> None:
     """As parseLargeSegmentSize, parseMaxSplitSize, parseMaxNonSplitRoundingSize."""
-    large_segment = settings.large_segment_size_bytes
-    if large_segment <= MIN_LARGE_BYTES:
-        raise _bad(
-            "large_segment_size_mb",
-            large_segment // MIB,
-            "is too small",
-            f"give more than {MIN_LARGE_BYTES // MIB}",
-        )
+    segment = settings.large_segment_size_bytes
+    if segment <= MIN_LARGE_BYTES:
+        raise _bad(_SEGMENT, segment // MIB, "is too small", "give more than 10")
     # cuMemCreate takes whole pages of the GPU only, which are 2 MiB.
-    if settings.expandable_segments and large_segment % SMALL_SEGMENT_BYTES:
-        raise _bad(
-            "large_segment_size_mb",
-            large_segment // MIB,
-            "is odd, which expandable segments cannot be",
-            "give an even number",
-        )
+    if settings.expandable_segments and segment % SMALL_SEGMENT_BYTES:
+        problem = "is odd, which expandable segments cannot be"
+        raise _bad(_SEGMENT, segment // MIB, problem, "give an even number")
     for key, size in (
         ("max_split_size_mb", settings.max_split_size_bytes),
         ("max_non_split_rounding_mb", settings.max_non_split_rounding_bytes),
     ):
-        if size is not None and size < large_segment:
-            raise _bad(
-                key,
-                size // MIB,
-                "is smaller than a large segment",
-                f"give at least {large_segment // MIB}",
-            )
+        if size is not None and size < segment:
+            remedy = f"give at least {_SEGMENT}, which is {segment // MIB}"
+            raise _bad(key, size // MIB, "is too small", remedy)
 
 
 def _check_shares(settings: AllocatorSettings) -> None:
@@ -340,13 +329,14 @@ def _check_shares(settings: AllocatorSettings) -> None:
 
 def _check_divisions(divisions: int | tuple[tuple[int | None, int], ...]) -> None:
     """As parseRoundUpPower2Divisions: powers of two, or 0 for no rounding."""
-    pairs = [(None, divisions)] if isinstance(divisions, int) else divisions
-    for mebibytes, steps in pairs:
-        start = 1 if mebibytes is None else mebibytes
-        if start < 1 or start & (start - 1) or steps < 0 or steps & (steps - 1):
-            raise _bad(
-                _DIVISIONS, f"{start}:{steps}", "is no power of two", _DIVISIONS_REMEDY
-            )
+    if isinstance(divisions, int):
+        numbers = [divisions or 1]
+    else:
+        starts = [1 if start is None else start for start, _ in divisions]
+        numbers = [*starts, *(steps or 1 for _, steps in divisions)]
+    for number in numbers:
+        if number < 1 or number & (number - 1):
+            raise _bad(_DIVISIONS, number, "is no power of two", _DIVISIONS_REMEDY)
 
 
 class Block:
@@ -456,6 +446,7 @@ class CachingAllocator:
     `capacity_bytes` is what the driver gives this process before it refuses (None: no
     limit). `device_bytes` is the card's whole memory (totalGlobalMem), which
     `per_process_memory_fraction` and `throw_on_cudamalloc_oom` are relative to.
+    `descending` says whether the driver places a new segment below the earlier ones.
     Raises InputError if settings need `device_bytes` and it is None.
     """
 
@@ -465,8 +456,10 @@ class CachingAllocator:
         capacity_bytes: int | None = None,
         *,
         device_bytes: int | None = None,
+        descending: bool = True,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
+        self._descending = descending
         self._capacity_bytes = (
             UNLIMITED_BYTES if capacity_bytes is None else capacity_bytes
         )
@@ -776,10 +769,13 @@ class CachingAllocator:
         return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
 
     def _take_addresses(self, num_bytes: int) -> int:
+        """The first address of a range that nothing has lain in."""
+        span = -(-num_bytes // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
+        if self._descending:
+            self._next_address -= span
+            return self._next_address
         address = self._next_address
-        self._next_address += -(-num_bytes // LARGE_ROUNDING_BYTES) * (
-            LARGE_ROUNDING_BYTES
-        )
+        self._next_address += span
         return address
 
     def _release(self, block: Block) -> None:

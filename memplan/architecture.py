@@ -7,6 +7,7 @@ exactly once, as the weight or bias of a linear, as stacked experts, or by its s
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -120,9 +121,17 @@ class Architecture:
     notes: tuple[str, ...] = ()
 
     @property
+    def layers_by_stack(self) -> dict[str, int]:
+        """Layers in each stack: vision tower, encoder and decoder have one each."""
+        counts: dict[str, int] = {}
+        for block in self.blocks:
+            counts[block.stack] = counts.get(block.stack, 0) + len(block.layers)
+        return counts
+
+    @property
     def num_layers(self) -> int:
         """Layers in all stacks."""
-        return sum(len(block.layers) for block in self.blocks)
+        return sum(self.layers_by_stack.values())
 
     @property
     def total_parameters(self) -> int:
@@ -148,7 +157,7 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         """The architecture as `profiles/architectures` and `--json` hold it."""
-        return dataclasses.asdict(self) | {"config": dict(self.config)}
+        return dataclasses.asdict(self) | {"config": _with_tagged_floats(self.config)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Architecture:
@@ -166,10 +175,24 @@ class Architecture:
 
     def _held(self) -> Iterator[tuple[int, Linear | Parameter]]:
         for block in self.blocks:
-            for held in (*block.linears, *block.parameters):
-                yield len(block.layers), held
-        for held in (*self.linears, *self.parameters):
-            yield 1, held
+            yield from ((len(block.layers), linear) for linear in block.linears)
+            yield from ((len(block.layers), other) for other in block.parameters)
+        yield from ((1, linear) for linear in self.linears)
+        yield from ((1, other) for other in self.parameters)
+
+
+def _with_tagged_floats(value: Any) -> Any:
+    """The value with infinities and NaN as transformers 5 writes them.
+
+    JSON has no such numbers (configuration_utils.py, `_encode_special_floats`).
+    """
+    if isinstance(value, Mapping):
+        return {key: _with_tagged_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tagged_floats(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": json.dumps(value)}
+    return value
 
 
 def _count(held: tuple[Linear, ...] | tuple[Parameter, ...]) -> int:
@@ -187,4 +210,7 @@ def _block(data: Mapping[str, Any]) -> Block:
 
 
 def _parameters(data: list[Mapping[str, Any]]) -> tuple[Parameter, ...]:
-    return tuple(Parameter(**one | {"shape": tuple(one["shape"])}) for one in data)
+    return tuple(
+        Parameter(path=one["path"], shape=tuple(one["shape"]), kind=one["kind"])
+        for one in data
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 import click
@@ -71,6 +70,9 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Runs the command line and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may hold bytes that are no text, and a terminal few characters.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 
@@ -102,6 +104,8 @@ def run(arguments: list[str]) -> int:
 
 def _show_internal_error(error: Exception) -> None:
     if os.environ.get("MEMPLAN_TRACEBACK"):
+        import traceback
+
         click.echo("".join(traceback.format_exception(error)), err=True)
     first_line = (str(error).strip() or "no message").splitlines()[0]
     click.echo(

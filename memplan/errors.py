@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -36,7 +37,7 @@ class UnknownNameError(InputError):
     def __init__(
         self, field: str, value: object, known: Iterable[str], remedy: str = ""
     ) -> None:
-        near = near_names(str(value), known)
+        near = near_names(value, known) if isinstance(value, str) else []
         listed = f"near: {', '.join(near)}" if near else "nothing known is near it"
         super().__init__(
             field, value, "is unknown", f"{listed}; {remedy}" if remedy else listed
@@ -60,11 +61,19 @@ class MissingExtraError(InputError):
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: quoted, on one line, at most 80 characters."""
-    text = repr(value)
-    if not text.isprintable():
-        text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+    """A value as a message shows it: in quotes, on one line, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def _short() -> reprlib.Repr:
+    """Shows any value in a line, however large or nested it is."""
+    short = reprlib.Repr()
+    short.maxlevel = 1
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short
+
+
+_SHORT = _short()
 
 
 def near_names(value: str, known: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class Number(Kind):
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(field, value, "is not a number", self._remedy())
-        if not math.isfinite(value) or abs(value) > LARGEST_INTEGER:
+        if abs(value) > LARGEST_INTEGER or not math.isfinite(value):
             raise InputError(field, value, "is out of range", self._remedy())
         low = value <= self.minimum if self.above_minimum else value < self.minimum
         if low or value >= self.below:
@@ -223,7 +224,8 @@ class Pattern(Kind):
         if not isinstance(key, str) or not key:
             raise InputError(field, key, "is not a module name", remedy)
         try:
-            re.compile(key)
+            with warnings.catch_warnings(action="ignore"):
+                re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
                 field, key, f"is not a regular expression ({error})", remedy
@@ -233,20 +235,34 @@ class Pattern(Kind):
 
 @dataclass(frozen=True, slots=True)
 class Options(Kind):
-    """A method's own options: names -> values, checked by the method."""
+    """A method's own options: names -> plain values, checked further by the method."""
 
     def check(self, field: str, value: Any) -> dict[str, Any]:
         options = dict(_mapping(field, value))
-        for key in options:
+        for key, option in options.items():
             if not isinstance(key, str):
                 raise InputError(field, key, "is not an option's name", "give text")
+            if not _is_plain(option):
+                raise InputError(
+                    f"{field}.{key}",
+                    option,
+                    "is not a plain value",
+                    "give a number, text, true, false or null",
+                )
         return options
 
     def parse(self, field: str, text: str) -> Any:
         return _json_object(text)
 
     def schema(self) -> dict[str, Any]:
-        return {"type": "object"}
+        plain = {"type": ["number", "string", "boolean", "null"]}
+        return {"type": "object", "additionalProperties": plain}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int)
 
 
 def _mapping(field: str, value: Any) -> Mapping[Any, Any]:

@@ -46,6 +46,8 @@ class Moment:
     """What torch.cuda.max_memory_allocated would say."""
     reserved_bytes: int
     """What torch.cuda.max_memory_reserved would say."""
+    end_allocated_bytes: int = 0
+    """What torch.cuda.memory_allocated would say when the moment is over."""
     breakdown: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Allocated bytes by CATEGORIES when the allocated peak was reached."""
 

@@ -24,6 +24,9 @@ CONFIG_NAME = "config.json"
 LARGEST_CONFIG_BYTES = 10 * 10**6
 """More than any config needs by a factor of ten: what is larger is something else."""
 
+LARGEST_CONFIG_DEPTH = 64
+"""More levels than any config has: the catalog's deepest has four."""
+
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _LOOK = "check the network and HF_ENDPOINT, or give the path of a config.json"
 
@@ -146,7 +149,17 @@ def parse_config(content: bytes) -> dict[str, Any]:
     config = _parse_json(text)
     if not isinstance(config, dict):
         raise ValueError("is JSON, but not an object")
+    if _is_deeper(config, LARGEST_CONFIG_DEPTH):
+        raise ValueError("is nested too deeply")
     return config
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether lists and objects lie in one another at more levels than that."""
+    if not isinstance(value, dict | list):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
 
 
 def _parse_json(text: str) -> object:

@@ -7,13 +7,17 @@ under a module that calls itself attention, experts are what is stacked once per
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +31,14 @@ LARGEST_NUM_LAYERS = 2048
 
 LARGEST_DIMENSION = 2**31 - 1
 """A tensor's side that CUDA kernels index with 32 bits."""
+
+LARGEST_NUM_REGISTRATIONS = 100_000
+"""Modules and parameters that building may register. The largest model of the catalog
+registers 2,890; building more than the bound takes seconds and fills memory."""
+
+_DEPTH = re.compile(r"layers?$|depth")
+"""The keys that count layers, in any family's config. Some configs make a list of that
+length when they are built, so they are read before."""
 
 _EXPERT_COUNTS = (
     "num_local_experts",
@@ -49,12 +61,15 @@ def inspect(source: ModelSource, *, trust_remote_code: bool = False) -> Architec
 
 def build_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """The transformers config object of a configuration."""
-    keys = dict(source.config)
+    keys = {key: _with_floats(value) for key, value in source.config.items()}
+    # It names the outputs of a classifier's head, which is never built, one by one.
+    keys.pop("num_labels", None)
     model_type = keys.pop("model_type", None)
     if not isinstance(model_type, str):
         raise InputError(
             "model_type", model_type, "names no family", "give a config.json that does"
         )
+    _check_depths(source.name, source.config)
     if trust_remote_code and source.needs_remote_code:
         return _remote_config(source)
     if model_type in models.MODEL_TYPES:
@@ -69,27 +84,34 @@ def build_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any
         raise UnknownNameError("model_type", model_type, list(known), remedy)
     with _quiet(), _told_as_input_error(source.name):
         config = known[model_type](**keys)
-    _check_sizes(source.name, config)
+        _check_sizes(source.name, config)
     return config
 
 
 def build_meta_model(
     name: str, config: Any, *, trust_remote_code: bool = False, **kwargs: Any
-) -> nn.Module:
+) -> transformers.PreTrainedModel:
     """The model on the meta device: shapes without storage."""
     auto_class = _auto_class(config)
-    with _quiet(), _told_as_input_error(name), torch.device("meta"):
+    with (
+        _quiet(),
+        _told_as_input_error(name),
+        _bounded_registrations(name),
+        torch.device("meta"),
+    ):
         return auto_class.from_config(
             config, trust_remote_code=trust_remote_code, **kwargs
         )
 
 
-def read_tree(source: ModelSource, config: Any, model: nn.Module) -> Architecture:
+def read_tree(
+    source: ModelSource, config: Any, model: transformers.PreTrainedModel
+) -> Architecture:
     """The architecture of a built model."""
     text_config = config.get_text_config()
     num_experts = _num_experts(text_config)
     head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
+    embedding = _input_embedding(model)
     reader = _Reader(model, num_experts)
     blocks = tuple(reader.blocks())
     linears, parameters = reader.rest()
@@ -114,6 +136,15 @@ def read_tree(source: ModelSource, config: Any, model: nn.Module) -> Architectur
     )
 
 
+def _input_embedding(model: transformers.PreTrainedModel) -> nn.Module | None:
+    """The table of tokens; None for a model that has none or more than one."""
+    try:
+        embedding: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embedding
+
+
 def is_generative(config: Any) -> bool:
     """Whether the model is a causal language model."""
     causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -125,12 +156,12 @@ def is_generative(config: Any) -> bool:
 class _Reader:
     """Walks a module tree once, giving every parameter to one place."""
 
-    def __init__(self, model: nn.Module, num_experts: int) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, num_experts: int) -> None:
         self.model = model
         self.num_experts = num_experts
         self.learned_positions = False
         self._seen: set[int] = set()
-        self._head = model.get_output_embeddings()  # type: ignore[operator]
+        self._head = model.get_output_embeddings()
         self._stacks = dict(_stacks(model))
 
     def blocks(self) -> Iterator[Block]:
@@ -209,19 +240,23 @@ class _Reader:
             return "norm"
         if self._is_router(module):
             return "router"
-        if _under_attention(self.model, path):
+        if _calls_itself(self.model, path, _ATTENTION):
             return "attention"
-        if any(path.startswith(f"{stack}.") for stack in self._stacks):
+        in_stack = any(path.startswith(f"{stack}.") for stack in self._stacks)
+        if in_stack and not _calls_itself(self.model, path, _RECURRENCE):
             return "mlp"
         return "other"
 
     def _is_router(self, module: nn.Module) -> bool:
+        """Whether the module calls itself a router or has an output per expert."""
         weight = getattr(module, "weight", None)
-        return (
-            self.num_experts > 1
-            and isinstance(weight, torch.Tensor)
-            and weight.dim() == 2
-            and weight.shape[0] == self.num_experts
+        return self.num_experts > 1 and (
+            "router" in type(module).__name__.lower()
+            or (
+                isinstance(weight, torch.Tensor)
+                and weight.dim() == 2
+                and weight.shape[0] == self.num_experts
+            )
         )
 
     def _parameter_kind(self, kind: str, parameter: torch.Tensor) -> str:
@@ -232,14 +267,13 @@ class _Reader:
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of layers of one class, in the order of the tree."""
+    """The outermost lists of modules that hold modules, in the order of the tree."""
     found: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         inside = any(path.startswith(f"{stack}.") for stack in found)
-        alike = len({type(layer) for layer in module}) == 1
-        if alike and not inside and next(module[0].children(), None) is not None:
+        if not inside and all(any(layer.children()) for layer in module):
             found.append(path)
             yield path, module
 
@@ -251,12 +285,7 @@ def _signatures(stack: nn.ModuleList) -> list[tuple[Any, ...]]:
     """
     plain = [_plain_attributes(layer) for layer in stack]
     keys = dict.fromkeys(key for attributes in plain for key in attributes)
-    counters = {
-        key
-        for key in keys
-        if len(stack) > 1
-        and all(attributes.get(key, i) == i for i, attributes in enumerate(plain))
-    }
+    counters = {key for key in keys if _counts([a.get(key) for a in plain])}
     return [
         (
             tuple((n, type(m).__name__) for n, m in layer.named_modules()),
@@ -265,6 +294,20 @@ def _signatures(stack: nn.ModuleList) -> list[tuple[Any, ...]]:
         )
         for layer, attributes in zip(stack, plain, strict=True)
     ]
+
+
+def _counts(values: list[Any]) -> bool:
+    """Whether the layers' values of an attribute are the layers' numbers, or follow.
+
+    A layer that lacks the attribute is passed over.
+    """
+    have = [(i, v) for i, v in enumerate(values) if v is not None]
+    if len(values) < 2 or not all(type(v) is int for _, v in have):
+        return False
+    if all(v == i for i, v in have):
+        return True
+    steps = {b[1] - a[1] for a, b in itertools.pairwise(have)}
+    return len(have) == len(values) > 2 and len(steps) == 1 and steps != {0}
 
 
 def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
@@ -278,46 +321,50 @@ def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 def _block_name(layer: nn.Module, signatures: list[Any], index: int) -> str:
-    """The layer's class, with the attributes in which its kind differs from others."""
-    name = type(layer).__name__
-    if len(set(signatures)) == 1:
-        return name
-    own = dict(signatures[index][2])
-    others = [dict(s[2]) for s in signatures if s != signatures[index]]
+    """The layer's class, with what sets its kind apart from the others in the stack."""
+    own = signatures[index]
+    others = [signature for signature in signatures if signature != own]
     words = [
         value
-        for key, value in own.items()
-        if isinstance(value, str) and any(o.get(key) != value for o in others)
+        for key, value in own[2]
+        if isinstance(value, str)
+        and any(dict(other[2]).get(key, value) != value for other in others)
     ]
-    classes = [c for _, c in signatures[index][0] if _sets_apart(c, signatures, index)]
-    told = list(dict.fromkeys([*words, *classes]))
+    told = dict.fromkeys(words or _own_classes(own[0], [o[0] for o in others]))
+    name = type(layer).__name__
+    told.pop(name, None)
     return f"{name} ({', '.join(told)})" if told else name
 
 
-def _sets_apart(class_name: str, signatures: list[Any], index: int) -> bool:
-    """Whether layers of other kinds hold no module of that class."""
-    return any(
-        class_name not in {c for _, c in signature[0]}
-        for signature in signatures
-        if signature != signatures[index]
-    )
+def _own_classes(modules: Any, others: list[Any]) -> Iterator[str]:
+    """Classes of the outermost modules that not every kind has at their path."""
+    own = dict(m for m in modules if any(m not in other for other in others))
+    for path, class_name in own.items():
+        parts = path.split(".")
+        if not any(".".join(parts[:i]) in own for i in range(len(parts))):
+            yield class_name
 
 
-def _under_attention(model: nn.Module, path: str) -> bool:
-    """Whether the module, or one it lies in below its layer, calls itself attention."""
+_ATTENTION = re.compile(r"attn|attention")
+_RECURRENCE = re.compile(r"mamba|ssm|recurrent|rwkv|lstm|short_?conv")
+"""What mixes tokens and is neither attention nor an MLP."""
+
+
+def _calls_itself(model: nn.Module, path: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the module, or one it lies in below its layer, has such a name."""
     parts = path.split(".")
     for end in range(1, len(parts) + 1):
         below = model.get_submodule(".".join(parts[:end]))
         called = f"{parts[end - 1]} {type(below).__name__}".lower()
-        if re.search(r"attn|attention", called) and not _is_layer(below):
+        if pattern.search(called) and not _is_layer(below):
             return True
     return False
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether the module is more than attention: a list, or a layer with an MLP."""
-    return isinstance(module, nn.ModuleList) or any(
-        re.search(r"mlp|feed_?forward|ffn", name.lower())
+    """Whether the module is more than attention: a layer with an MLP, or a model."""
+    return any(
+        re.search(r"mlp|feed_?forward|ffn|layers", name.lower())
         for name, _ in module.named_children()
     )
 
@@ -392,33 +439,84 @@ def _notes(config: Any, blocks: tuple[Block, ...], num_experts: int) -> Iterator
         )
 
 
-def _check_sizes(name: str, config: Any) -> None:
-    """Refuses sizes with which building would take for ever or overflow."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        layers = getattr(part, "num_hidden_layers", None)
-        if isinstance(layers, int) and not 0 < layers <= LARGEST_NUM_LAYERS:
+_FLOATS = ("Infinity", "-Infinity", "NaN")
+"""How transformers 5 writes what JSON has no number for (`_decode_special_floats`)."""
+
+
+def _with_floats(value: Any) -> Any:
+    """The config with its tagged floats, `{"__float__": "Infinity"}`, as floats."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+            return float(value["__float__"])
+        return {key: _with_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    return value
+
+
+def _check_depths(name: str, config: Any) -> None:
+    """Refuses a number of layers with which building would take for ever."""
+    for key, value in _integers(config):
+        if _DEPTH.search(key) and value > LARGEST_NUM_LAYERS:
             raise InputError(
-                "num_hidden_layers",
-                layers,
-                f"is not a depth between 1 and {LARGEST_NUM_LAYERS}",
+                key,
+                value,
+                f"is more than {LARGEST_NUM_LAYERS} layers",
                 f"mend the config of {name}",
             )
-        for key, value in _integers(part.to_dict()):
-            if value > LARGEST_DIMENSION and key != "model_max_length":
-                raise InputError(
-                    key,
-                    value,
-                    "is too large for a tensor",
-                    f"mend the config of {name}",
-                )
 
 
-def _integers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    for key, value in config.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            yield key, value
-        elif isinstance(value, Mapping):
-            yield from _integers(value)
+def _check_sizes(name: str, config: Any) -> None:
+    """Refuses a model without layers, and sizes that no tensor has."""
+    remedy = f"mend the config of {name}"
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        layers = getattr(part, "num_hidden_layers", 1)
+        if isinstance(layers, int) and layers < 1:
+            raise InputError("num_hidden_layers", layers, "is below 1", remedy)
+        declared = {field.name for field in dataclasses.fields(part)}
+        for key, value in vars(part).items():
+            too_large = isinstance(value, int) and value > LARGEST_DIMENSION
+            if key in declared and too_large:
+                raise InputError(key, value, "is too large for a tensor", remedy)
+
+
+def _integers(config: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers within a config, each under the nearest key above it."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _integers(value, str(name))
+    elif isinstance(config, list):
+        for value in config:
+            yield from _integers(value, key)
+    elif isinstance(config, int) and not isinstance(config, bool):
+        yield key, config
+
+
+@contextlib.contextmanager
+def _bounded_registrations(name: str) -> Iterator[None]:
+    """Stops a model that registers modules and parameters without end."""
+    count = 0
+
+    def register(*_registered: object) -> None:
+        nonlocal count
+        count += 1
+        if count > LARGEST_NUM_REGISTRATIONS:
+            raise InputError(
+                "model",
+                name,
+                f"has more than {LARGEST_NUM_REGISTRATIONS} modules and parameters",
+                "mend its config.json",
+            )
+
+    hooks = (
+        torch_module.register_module_module_registration_hook(register),
+        torch_module.register_module_parameter_registration_hook(register),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _remote_config(source: ModelSource) -> Any:
@@ -436,11 +534,11 @@ def _told_as_input_error(name: str) -> Iterator[None]:
     except (InputError, KeyboardInterrupt):
         raise
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             "model",
             name,
-            f"has a config that transformers cannot build ({first_line[:160]})",
+            f"has a config that transformers cannot build ({reason[:200]})",
             "mend its config.json",
         ) from error
 
@@ -451,6 +549,7 @@ def _quiet() -> Iterator[None]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -38,8 +38,11 @@ class ModelSource:
     path: Path | None = None
     """The config file of a folder or file."""
 
+    architecture: dict[str, Any] | None = None
+    """What a model of the catalog is made of, as it was inspected ahead."""
+
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the catalog knows besides the config."""
+    """What the catalog knows besides: counts, sources, confidence."""
 
     notes: tuple[str, ...] = ()
 
@@ -64,6 +67,22 @@ def catalog_names() -> list[str]:
     return sorted(file.stem.replace("--", "/", 1) for file in files)
 
 
+def read_catalog(name: str) -> ModelSource:
+    """The config of a model of the catalog, by the name that `catalog_names` gives."""
+    file = profiles_path() / "architectures" / f"{name.replace('/', '--')}.json"
+    entry = _read_object(file)
+    config = entry.get("config")
+    if not isinstance(config, dict):
+        raise InputError("model", str(file), "holds no config", "mend the catalog")
+    return ModelSource(
+        name=name,
+        origin="catalog",
+        config=config,
+        architecture=entry.get("architecture"),
+        facts=entry.get("facts", {}),
+    )
+
+
 def _find(model: str) -> ModelSource:
     if not model.strip():
         raise InputError("model", model, "is empty", _GIVE)
@@ -72,7 +91,7 @@ def _find(model: str) -> ModelSource:
         return _read_local(model, Path(path))
     name = _catalog_name(model)
     if name is not None:
-        return _read_catalog(name)
+        return read_catalog(name)
     if os.path.lexists(path):
         return _read_local(model, Path(path))
     if "/" not in model:
@@ -158,17 +177,6 @@ def _short_names() -> list[str]:
         last if folded.count(last.casefold()) == 1 else name
         for name, last in zip(names, lasts, strict=True)
     ]
-
-
-def _read_catalog(name: str) -> ModelSource:
-    file = profiles_path() / "architectures" / f"{name.replace('/', '--')}.json"
-    entry = _read_object(file)
-    config = entry.get("config")
-    if not isinstance(config, dict):
-        raise InputError("model", str(file), "holds no config", "mend the catalog")
-    return ModelSource(
-        name=name, origin="catalog", config=config, facts=entry.get("facts", {})
-    )
 
 
 def _read_hub(model: str) -> ModelSource:

@@ -24,6 +24,10 @@ BYTES_PER_UNIT = {
 }
 """GB is 10^9 and GiB is 2^30, as SI and IEC define them."""
 
+COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+"""How the field writes counts of parameters."""
+
+_COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kKmMbBtT]?)\s*")
 _SIZE = re.compile(r"\s*([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
@@ -54,6 +58,16 @@ def parse_size(text: str, field: str) -> int:
     return int(value)
 
 
+def parse_count(text: str, field: str) -> int:
+    """The count that `8B`, `350M` or plain digits stand for."""
+    match = _COUNT.fullmatch(text)
+    if match is None or len(text) > 40:
+        remedy = "write it as 8B, 350M or 7000000000"
+        raise InputError(field, text, "is not a count", remedy)
+    number, suffix = match.groups()
+    return int(float(number) * COUNT_SUFFIXES.get(suffix.upper(), 1))
+
+
 def format_bytes(num_bytes: int) -> str:
     """Bytes in the unit that reads best: `12.35 GiB`, `140.9 MiB`, `512 B`."""
     size = abs(num_bytes)
@@ -68,7 +82,7 @@ def format_bytes(num_bytes: int) -> str:
 
 def format_count(count: int) -> str:
     """A count of parameters as the field writes it: `6.74 B`, `19.99 M`, `512`."""
-    for limit, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if abs(count) >= limit:
-            return f"{count / limit:.2f} {suffix}"
+    for suffix, scale in reversed(COUNT_SUFFIXES.items()):
+        if abs(count) >= scale:
+            return f"{count / scale:.2f} {suffix}"
     return str(count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,12 +101,14 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
     keys, model = read_recipe_file(file) if file else ({}, None)
     given = {name: options.pop(name) for name in field_names()}
     overrides = {
-        name: parse_option(name, text) for name, text in given.items() if text is not None
+        name: parse_option(name, text)
+        for name, text in given.items()
+        if text is not None
     }
     return Recipe.from_mapping(keys | overrides), model
 
 
-def read_recipe_file(file: str) -> tuple[Mapping[str, Any], str | None]:
+def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The keys in a recipe file and the model it names, if any; `-` is stdin."""
     return read_recipe_text(_read_text(file), "--recipe")
 

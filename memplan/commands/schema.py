@@ -7,7 +7,7 @@ import json
 import click
 
 from memplan.recipe import recipe_schema
-from memplan.reporters.json import output_schema
+from memplan.reporters.schema import output_schema
 
 
 @click.command()

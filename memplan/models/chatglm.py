@@ -5,8 +5,10 @@ neighbouring features of the first half of each head, from a table that every fo
 computes over the whole context; keys and values are copied out to one per query head
 before any kind of attention; norms multiply by their weight in fp32.
 
-Batches come first here, where the published code puts tokens first: the tensors are the
-same byte for byte, and transformers' attention returns its output batch-first.
+Batches come first here, where the published code puts tokens first, because
+transformers' attention returns its output batch-first. What is saved is the same byte
+for byte where the kernel lays its output out like the queries, as flash attention on
+CUDA does; others make the published code copy it once more for batches above one.
 """
 
 # transformers is untyped to the checker.

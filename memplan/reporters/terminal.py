@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,20 +12,32 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 240
-"""Characters of a line when nobody's screen wraps it, so that no cell is cut."""
+"""Characters of a line where no screen wraps it, so that no cell is cut."""
+
+
+class _Console(Console):
+    """A console that lets the command line deal with a reader that has gone."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console that draws for a terminal and writes plain text elsewhere."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return Console(file=stream, highlight=False)
-    return Console(file=stream, highlight=False, no_color=True, width=PIPED_WIDTH)
+        return _Console(file=stream, highlight=False)
+    return _Console(file=stream, highlight=False, no_color=True, width=PIPED_WIDTH)
 
 
 def say(text: str, style: str = "") -> None:
     """One line, or a paragraph that wraps at the screen's width."""
     console().print(Text(text, style=style))
+
+
+def plus(counts: Iterable[int]) -> str:
+    """Counts that lie apart, as a sum: `27 + 32`; 0 where there are none."""
+    return " + ".join(map(str, counts)) or "0"
 
 
 def table(
@@ -33,15 +46,14 @@ def table(
     *,
     right: Sequence[str] = (),
     title: str = "",
-    caption: str = "",
 ) -> None:
-    """A table whose first column may wrap and whose `right` columns are numbers."""
+    """A table whose `right` columns are numbers and whose first column may wrap."""
+    is_terminal = sys.stdout.isatty()
     drawn = Table(
-        box=SIMPLE_HEAD if sys.stdout.isatty() else None,
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
+        box=SIMPLE_HEAD if is_terminal else None,
+        show_edge=False,
         pad_edge=False,
+        padding=(0, 1 if is_terminal else 2, 0, 0),
         header_style="bold",
     )
     for index, name in enumerate(columns):
@@ -52,8 +64,7 @@ def table(
             overflow="fold",
         )
     for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    out = console()
-    out.print(drawn)
-    if caption:
-        out.print(Text(caption, style="dim"))
+        drawn.add_row(*map(Text, row))
+    if title:
+        say(title, style="bold")
+    console().print(drawn)

@@ -1,0 +1,117 @@
+"""Which attention kernel PyTorch takes on a card.
+
+Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `select_sdp_backend`: the
+first kernel of the order that can run. Shapes: query (B, H, M, D), key (B, Hk, N, D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memplan.errors import InputError
+from memplan.gpu import Gpu
+
+KERNELS = ("flash", "efficient", "math", "cudnn")
+"""torch.nn.attention.SDPBackend's kernels, in their usual order."""
+
+_FLASH_BACKWARD_LIMIT = 192
+"""Largest head whose flash backward fits the shared memory of 8.6, 8.9 and 12.x."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """What scaled_dot_product_attention was given."""
+
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    dtype: str
+    masked: bool
+    dropout: bool
+    grouped: bool
+    """Whether key and value have fewer heads than query."""
+    trains: bool
+
+
+def choose(asked: str, shapes: Shapes, gpu: Gpu) -> str:
+    """The kernel that runs; raises InputError where a pinned one cannot."""
+    if asked not in KERNELS:
+        return next(kernel for kernel in _order(gpu) if not _obstacle(kernel, shapes, gpu))
+    obstacle = _obstacle(asked, shapes, gpu)
+    if obstacle:
+        raise InputError(
+            "attention", asked, f"cannot run here: {obstacle}", "use attention auto"
+        )
+    return asked
+
+
+def _order(gpu: Gpu) -> tuple[str, ...]:
+    """cuDNN comes first on Hopper and data-centre Blackwell."""
+    if gpu.compute_capability in ((9, 0), (10, 0), (10, 3)):
+        return ("cudnn", "flash", "efficient", "math")
+    return KERNELS
+
+
+def _obstacle(kernel: str, shapes: Shapes, gpu: Gpu) -> str:
+    """Why a kernel cannot run; empty where it can."""
+    return {
+        "flash": _flash_obstacle,
+        "efficient": _efficient_obstacle,
+        "cudnn": _cudnn_obstacle,
+        "math": lambda shapes, gpu: "",
+    }[kernel](shapes, gpu)
+
+
+def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
+    head_dim = shapes.query[-1]
+    if gpu.compute_capability < (8, 0):
+        return f"flash attention needs capability 8.0, {_card(gpu)}"
+    if shapes.dtype not in ("float16", "bfloat16"):
+        return f"flash attention takes half precision, the query is {shapes.dtype}"
+    if shapes.masked:
+        return "flash attention takes no mask, and the batch is padded"
+    if head_dim != shapes.value[-1]:
+        return f"flash attention needs equal heads, not {head_dim} and {shapes.value[-1]}"
+    if head_dim > 256:
+        return f"flash attention takes heads up to 256, not {head_dim}"
+    small_memory = gpu.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1))
+    too_large = head_dim > 224 and shapes.dropout
+    if small_memory and shapes.trains and (
+        _FLASH_BACKWARD_LIMIT < head_dim <= 224 or too_large
+    ):
+        return f"the flash backward of heads of {head_dim} does not fit {_card(gpu)}"
+    return ""
+
+
+def _efficient_obstacle(shapes: Shapes, gpu: Gpu) -> str:
+    if shapes.dtype == "bfloat16" and gpu.compute_capability < (8, 0):
+        return f"memory-efficient attention in bfloat16 needs 8.0, {_card(gpu)}"
+    if shapes.grouped:
+        return "memory-efficient attention takes no grouped heads"
+    multiple = _efficient_alignment(shapes, gpu)
+    for head_dim in (shapes.query[-1], shapes.value[-1]):
+        if head_dim % multiple:
+            return f"memory-efficient attention needs heads in multiples of {multiple}"
+    return ""
+
+
+def _efficient_alignment(shapes: Shapes, gpu: Gpu) -> int:
+    if shapes.dtype in ("float16", "bfloat16"):
+        return 8 if gpu.compute_capability >= (7, 5) else 4
+    return 4 if gpu.compute_capability >= (8, 0) else 1
+
+
+def _cudnn_obstacle(shapes: Shapes, gpu: Gpu) -> str:
+    if gpu.compute_capability < (8, 0):
+        return f"cuDNN attention needs capability 8.0, {_card(gpu)}"
+    if shapes.dtype not in ("float16", "bfloat16"):
+        return f"cuDNN attention takes half precision, the query is {shapes.dtype}"
+    for head_dim in (shapes.query[-1], shapes.value[-1]):
+        if head_dim > 128 or head_dim % 8:
+            return f"cuDNN attention takes heads up to 128 in eights, not {head_dim}"
+    return ""
+
+
+def _card(gpu: Gpu) -> str:
+    major, minor = gpu.compute_capability
+    return f"{gpu.name} has {major}.{minor}"

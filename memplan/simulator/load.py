@@ -1,0 +1,156 @@
+"""The load as `from_pretrained` does it, event by event.
+
+Source: transformers 5.23, `modeling_utils.caching_allocator_warmup` and
+`core_model_loading.convert_and_load_state_dict_in_model`; bitsandbytes 0.50,
+`functional.quantize_4bit` and `nn.Params4bit._quantize`, `nn.Int8Params._quantize`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan.recipe import Recipe
+from memplan.simulator.trace import Tracer
+
+HALF_BYTES = 2
+CODE_SCRATCH_BYTES = 4
+"""Two scalars that normalise a 4-bit code (`get_4bit_type`)."""
+
+DYNAMIC_MAP_BYTES = 256 * 4
+"""The map of 8-bit values, kept by the process (`functional.name2qmap`)."""
+
+WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
+"""What the warm-up block leaves of the card (`caching_allocator_warmup`)."""
+
+
+class Loader:
+    """Allocates a built model's tensors in the order in which they would arrive."""
+
+    def __init__(self, tracer: Tracer, recipe: Recipe) -> None:
+        self._tracer = tracer
+        self._log = tracer.log
+        self._recipe = recipe
+        self._loaded: set[int] = set()
+        self._has_dynamic_map = False
+
+    def load(self, model: nn.Module) -> None:
+        """Onto the card by `device_map` where quantised, else by way of the host."""
+        if self._recipe.quantization == "none":
+            for _, tensor in _in_module_order(model):
+                self._take(tensor)
+            return
+        self._warm_up(model)
+        for name, parameter in sorted(
+            _with_modules(model), key=lambda item: _natural_key(item[0])
+        ):
+            self._take_parameter(name, *parameter)
+        for _, buffer in model.named_buffers():
+            self._take(buffer)
+
+    def _warm_up(self, model: nn.Module) -> None:
+        """One block for all the weights, so that they are cut from one segment."""
+        num_bytes = 0
+        seen: set[int] = set()
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    num_bytes += parameter.numel() * parameter.element_size()
+        limit = max(0, self._tracer.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
+        block = self._allocate(min(num_bytes, limit) // HALF_BYTES * HALF_BYTES)
+        self._log.free(block)
+
+    def _take_parameter(self, name: str, module: nn.Module, tensor: Any) -> None:
+        kind = type(tensor).__name__
+        if id(tensor) in self._loaded:
+            return
+        if kind == "Params4bit":
+            self._quantize_4bit(tensor)
+        elif kind == "Int8Params":
+            self._quantize_int8(tensor)
+        else:
+            self._take(tensor)
+        self._loaded.add(id(tensor))
+
+    def _quantize_4bit(self, weight: Any) -> None:
+        """The 16-bit weight, absmax, codes; the absmax quantised; the weight freed."""
+        state = weight.quant_state
+        num_weights = math.prod(state.shape)
+        full = self._allocate(num_weights * state.dtype.itemsize)
+        nested = state.state2 is not None
+        blocks = math.ceil(num_weights / state.blocksize)
+        absmax = self._allocate(4 * blocks) if nested else self._take(state.absmax)
+        self._take(weight)
+        self._take(state.code)
+        scratch = [self._allocate(CODE_SCRATCH_BYTES) for _ in range(2)]
+        for block in scratch:
+            self._log.free(block)
+        if nested:
+            self._quantize_absmax(state, blocks)
+            self._log.free(absmax)
+        self._log.free(full)
+
+    def _quantize_absmax(self, state: Any, blocks: int) -> None:
+        self._take(state.offset)
+        difference = self._allocate(4 * blocks)
+        if not self._has_dynamic_map:
+            self._has_dynamic_map = True
+            self._allocate(DYNAMIC_MAP_BYTES, "quantization_state")
+        self._take(state.state2.absmax)
+        self._take(state.absmax)
+        self._take(state.state2.code)
+        self._log.free(difference)
+
+    def _quantize_int8(self, weight: Any) -> None:
+        """The 16-bit weight, then a second copy that is quantised and dropped."""
+        full = self._allocate(HALF_BYTES * weight.numel())
+        copy = self._allocate(HALF_BYTES * weight.numel())
+        self._take(weight.SCB)
+        self._take(weight)
+        self._log.free(copy)
+        self._log.free(full)
+
+    def _take(self, tensor: torch.Tensor) -> int:
+        """Allocates a tensor that stays."""
+        if id(tensor) in self._loaded:
+            return -1
+        self._loaded.add(id(tensor))
+        state = not isinstance(tensor, nn.Parameter) and tensor.dim() <= 1
+        category = "quantization_state" if state and self._is_state(tensor) else "weights"
+        num_bytes = tensor.untyped_storage().nbytes()
+        block = self._allocate(num_bytes, category)
+        self._tracer.hold(tensor, block)
+        return block
+
+    def _is_state(self, tensor: torch.Tensor) -> bool:
+        return self._recipe.quantization != "none"
+
+    def _allocate(self, num_bytes: int, category: str = "weights") -> int:
+        return self._log.allocate(num_bytes, "load", "", category)
+
+
+def _in_module_order(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, then buffers, children before their parent (nn.Module._apply)."""
+    for child in model.children():
+        yield from _in_module_order(child)
+    yield from model.named_parameters(recurse=False)
+    yield from model.named_buffers(recurse=False)
+
+
+def _with_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Any]]]:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}".lstrip("."), (module, parameter)
+
+
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Numbers by value and before words, words by alphabet (`dot_natural_key`)."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in name.split(".")
+    ]

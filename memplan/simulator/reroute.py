@@ -1,0 +1,328 @@
+"""Sends functions to the operators that CUDA would run, and casts as autocast would.
+
+Over meta tensors, PyTorch takes other operators than over CUDA tensors for dropout,
+attention and half-precision softmax, and autocast casts nothing. What stands in for
+these functions works above autograd, so that it has the gradients of what CUDA calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from memplan.recipe import Recipe
+from memplan.simulator import kernels
+from memplan.simulator.trace import Tracer
+
+_MATRIX_PRODUCTS = (
+    "addmm",
+    "baddbmm",
+    "bmm",
+    "chain_matmul",
+    "einsum",
+    "matmul",
+    "mm",
+    "mv",
+    "__matmul__",
+    "__rmatmul__",
+)
+
+LOWER_PRECISION = {
+    F: ("linear", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"),
+    torch: _MATRIX_PRODUCTS,
+    torch.Tensor: _MATRIX_PRODUCTS,
+}
+"""Functions that autocast runs in its precision (aten/src/ATen/autocast_mode.h,
+AT_FORALL_LOWER_PRECISION_FP), by where they are looked up."""
+
+_POINTWISE_FLOAT32 = ("exp", "log", "logsumexp", "pow", "reciprocal", "rsqrt")
+
+FLOAT32 = {
+    F: (
+        "binary_cross_entropy_with_logits",
+        "cosine_similarity",
+        "group_norm",
+        "kl_div",
+        "layer_norm",
+        "mse_loss",
+        "nll_loss",
+        "rms_norm",
+        "smooth_l1_loss",
+        "softplus",
+    ),
+    torch: _POINTWISE_FLOAT32,
+    torch.Tensor: (*_POINTWISE_FLOAT32, "__pow__", "__rpow__"),
+}
+"""Functions that autocast runs in float32 (AT_FORALL_FP32)."""
+
+_SUMS = ("cumsum", "log_softmax", "prod", "softmax", "sum")
+
+FLOAT32_BY_DTYPE = {
+    F: ("log_softmax", "softmax"),
+    torch: _SUMS,
+    torch.Tensor: _SUMS,
+}
+"""Functions that autocast asks for a float32 result (AT_FORALL_FP32_SET_OPT_DTYPE)."""
+
+
+class Reroute:
+    """Makes functions of meta tensors do what they do with CUDA tensors.
+
+    Functions are replaced where they are looked up, so that a checkpoint's second
+    forward, which runs inside of the backward, meets them too.
+    """
+
+    def __init__(self, tracer: Tracer, recipe: Recipe) -> None:
+        self._tracer = tracer
+        self._attention = recipe.attention
+        self._autocasts = recipe.autocast != "none"
+        self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Functions are replaced, and torch.autocast("cuda") switches on without CUDA.
+
+        What that switches is read here, and by the layers of PEFT and bitsandbytes.
+        """
+        with ExitStack() as stack:
+            for target, replacement in _WITHOUT_CUDA.items():
+                stack.enter_context(mock.patch(target, replacement))
+            stack.enter_context(
+                mock.patch("torch.clear_autocast_cache", self._casts.clear)
+            )
+            for (owner, name), function in self._replacements().items():
+                stack.enter_context(mock.patch.object(owner, name, function))
+            yield
+
+    def _replacements(self) -> dict[tuple[Any, str], Callable[..., Any]]:
+        replaced: dict[tuple[Any, str], Callable[..., Any]] = {
+            (F, "scaled_dot_product_attention"): self._scaled_dot_product_attention,
+            (F, "dropout"): _dropout,
+            (torch, "dropout"): _dropout,
+            (F, "softmax"): _softmax,
+            (F, "log_softmax"): _log_softmax,
+        }
+        for name, half in (("softmax", "_softmax"), ("log_softmax", "_log_softmax")):
+            for owner in (torch, torch.Tensor):
+                original = getattr(owner, name)
+                replaced[owner, name] = _fused_in_half(original, half)
+        if self._autocasts:
+            self._add_autocast(replaced)
+        return replaced
+
+    def _add_autocast(self, replaced: dict[tuple[Any, str], Callable[..., Any]]) -> None:
+        for listed, cast in (
+            (LOWER_PRECISION, self._to_autocast),
+            (FLOAT32, self._to_float32),
+            (FLOAT32_BY_DTYPE, _with_float32_result),
+        ):
+            for owner, names in listed.items():
+                for name in names:
+                    if not hasattr(owner, name):
+                        continue
+                    function = replaced.get((owner, name), getattr(owner, name))
+                    replaced[owner, name] = _casting(function, cast)
+
+    def _to_autocast(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return self._cast_all(args, kwargs, torch.get_autocast_dtype("cuda"))
+
+    def _to_float32(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return self._cast_all(args, kwargs, torch.float32)
+
+    def _cast_all(
+        self, args: Any, kwargs: Any, dtype: torch.dtype
+    ) -> tuple[Any, Any]:
+        return (
+            tuple(self._cast(arg, dtype) for arg in args),
+            {name: self._cast(arg, dtype) for name, arg in kwargs.items()},
+        )
+
+    def _cast(self, arg: Any, dtype: torch.dtype) -> Any:
+        """The argument in autocast's precision; casts of trained weights are kept.
+
+        Source: aten/src/ATen/autocast_mode.cpp, `cached_cast`.
+        """
+        if isinstance(arg, list | tuple):
+            return type(arg)(self._cast(item, dtype) for item in arg)
+        if not isinstance(arg, torch.Tensor) or not arg.is_floating_point():
+            return arg
+        if arg.dtype == dtype or arg.dtype == torch.float64:
+            return arg
+        lowered = dtype != torch.float32 and arg.dtype == torch.float32
+        if not (lowered and arg.requires_grad and arg.is_leaf and not arg._is_view()):
+            return arg.to(dtype)
+        if id(arg) not in self._casts:
+            self._casts[id(arg)] = (arg, arg.to(dtype))
+        return self._casts[id(arg)][1]
+
+    def _scaled_dot_product_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Attention by the kernel that the card would take."""
+        shapes = kernels.Shapes(
+            query=tuple(query.shape),
+            key=tuple(key.shape),
+            value=tuple(value.shape),
+            dtype=str(query.dtype).removeprefix("torch."),
+            masked=attn_mask is not None,
+            dropout=dropout_p > 0,
+            grouped=enable_gqa and query.shape[1] != key.shape[1],
+            trains=query.requires_grad or key.requires_grad or value.requires_grad,
+        )
+        kernel = kernels.choose(self._attention, shapes, self._tracer.gpu)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, query.dtype)
+        if kernel == "flash":
+            return _flash(query, key, value, dropout_p, is_causal, scale)
+        if kernel == "efficient":
+            bias = _aligned(attn_mask, query, key)
+            return torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, shapes.trains, dropout_p, is_causal, scale=scale
+            )[0]
+        if kernel == "cudnn":
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, attn_mask, shapes.trains, dropout_p, is_causal,
+                scale=scale,
+            )[0]
+        self._tracer.sums_in_place = True
+        try:
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None,
+                scale=scale, enable_gqa=enable_gqa,
+            )[0]
+        finally:
+            self._tracer.sums_in_place = False
+
+
+_WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
+    "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+    "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
+    "torch.utils.checkpoint._infer_device_type": lambda *args: "cuda",
+}
+"""What PyTorch asks before it casts for a CUDA card, and before a checkpoint keeps the
+state of autocast; answered as where there is a card."""
+
+
+def _casting(
+    function: Callable[..., Any], cast: Callable[[Any, Any], tuple[Any, Any]]
+) -> Callable[..., Any]:
+    """The function with its arguments cast wherever autocast is on."""
+
+    @functools.wraps(function)
+    def casting(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cuda"):
+            args, kwargs = cast(args, kwargs)
+        return function(*args, **kwargs)
+
+    return casting
+
+
+def _fused_in_half(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Softmax whose kernel casts half precision to float32; bfloat16 is cast before it.
+
+    Source: aten/src/ATen/native/SoftMax.cpp, `softmax` and `log_softmax`.
+    """
+    fused = getattr(torch.ops.aten, name)
+
+    @functools.wraps(original)
+    def softmax(
+        input: torch.Tensor, dim: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
+        if input.dtype == torch.float16 and dtype == torch.float32:
+            return fused(input, dim, True)
+        return original(input, dim, dtype=dtype, **kwargs)
+
+    return softmax
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    if not training or p == 0.0:
+        return input
+    return torch.ops.aten.native_dropout(input, p, True)[0]
+
+
+def _softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return torch.softmax(input, -1 if dim is None else dim, dtype=dtype)
+
+
+def _log_softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    return torch.log_softmax(input, -1 if dim is None else dim, dtype=dtype)
+
+
+def _with_float32_result(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Asks for a float32 result where no precision is asked for."""
+    values = args[0] if args else kwargs.get("input")
+    named = kwargs.get("dtype") is not None or any(
+        isinstance(arg, torch.dtype) for arg in args
+    )
+    if named or not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        return args, kwargs
+    return args, kwargs | {"dtype": torch.float32}
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Heads are padded to a multiple of 8, as the composite does."""
+    head_dim = query.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    missing = -head_dim % 8
+    if missing:
+        query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
+    out = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, scale=scale
+    )[0]
+    return out[..., :head_dim] if missing else out
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of truth values as what is added to the scores (convert_boolean_attn_mask)."""
+    shown = torch.scalar_tensor(0.0, dtype=dtype, device=mask.device)
+    hidden = torch.scalar_tensor(float("-inf"), dtype=dtype, device=mask.device)
+    return torch.where(mask, shown, hidden)
+
+
+def _aligned(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """The mask over all heads, its last side padded to 16 (preprocess_mask)."""
+    if mask is None:
+        return None
+    length = key.shape[-2]
+    expanded = mask.expand(query.shape[0], query.shape[1], query.shape[-2], length)
+    missing = -length % 16
+    if not missing:
+        return expanded
+    return F.pad(expanded, (0, missing))[..., :length]
+

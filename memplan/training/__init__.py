@@ -1,0 +1,1 @@
+"""The one real training step, which simulator and profiler both run."""

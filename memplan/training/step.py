@@ -1,0 +1,88 @@
+"""A training loop: forward, backward, clip, optimizer; each a phase that is announced.
+
+The same code runs over meta tensors, where its allocations are traced, and over real
+ones, where they are measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memplan import optimizers
+from memplan.recipe import Recipe
+from memplan.training.batch import make_batch
+from memplan.training.loss import compute_loss
+from memplan.training.model import trained_parameters
+
+
+class Loop:
+    """Runs the steps of a recipe on an adapted model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        vocab_size: int,
+        phase: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._model = model
+        self._recipe = recipe
+        self._vocab_size = vocab_size
+        self._phase = phase
+        self._parameters = trained_parameters(model)
+        self._device = self._parameters[0].device
+        self._optimizer: Any = None
+        self._outputs: Any = None
+        """The model's output, where the loop holds it from one step to the next."""
+
+    def run_step(self, number: int, micro_batches: int) -> None:
+        """One optimizer step over so many micro-batches."""
+        if self._optimizer is None:
+            scheme = optimizers.find(self._recipe.optimizer)
+            self._optimizer = scheme.build(self._parameters)
+        for _ in range(micro_batches):
+            self._run_micro_batch(number, micro_batches)
+        if self._recipe.max_grad_norm is not None:
+            with self._phase(f"{number}.clip"):
+                torch.nn.utils.clip_grad_norm_(
+                    self._parameters, self._recipe.max_grad_norm, foreach=True
+                )
+        with self._phase(f"{number}.optimizer"):
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        if self._recipe.keep_outputs == "backward":
+            self._outputs = None
+
+    def _run_micro_batch(self, number: int, micro_batches: int) -> None:
+        keep = self._recipe.keep_outputs
+        if keep == "backward":
+            self._outputs = None
+        with self._phase(f"{number}.forward"):
+            batch = make_batch(self._recipe, self._vocab_size, self._device)
+            with self._autocast():
+                outputs, loss = compute_loss(self._model, batch, self._recipe)
+            if micro_batches > 1:
+                loss = loss / micro_batches
+            self._outputs = None if keep == "none" else outputs
+            del outputs
+        with self._phase(f"{number}.backward"):
+            loss.backward()
+            del loss, batch
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._recipe.autocast == "none":
+            return contextlib.nullcontext()
+        device = "cuda" if self._device.type == "meta" else self._device.type
+        return torch.autocast(device, getattr(torch, self._recipe.autocast))
+
+
+@contextlib.contextmanager
+def silent(label: str) -> Iterator[None]:
+    """A phase that nobody watches."""
+    yield
