@@ -178,7 +178,11 @@ class _Reader:
         return self._read(self.model, "", skipped)
 
     def _block(
-        self, path: str, stack: nn.ModuleList, layers: list[int], signatures: list[Any]
+        self,
+        path: str,
+        stack: nn.ModuleList,
+        layers: list[int],
+        signatures: list[_Signature],
     ) -> Block:
         first = stack[layers[0]]
         linears, parameters = self._read(first, f"{path}.{layers[0]}.")
@@ -278,22 +282,47 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield path, module
 
 
-def _signatures(stack: nn.ModuleList) -> list[tuple[Any, ...]]:
-    """What each layer is made of: classes, parameter shapes and plain attributes.
-
-    Attributes that count the layers are left out.
-    """
-    plain = [_plain_attributes(layer) for layer in stack]
-    keys = dict.fromkeys(key for attributes in plain for key in attributes)
-    counters = {key for key in keys if _counts([a.get(key) for a in plain])}
+def _signatures(stack: nn.ModuleList) -> list[_Signature]:
+    """What each layer is made of; attributes that count the layers are left out."""
+    owners: dict[int, int] = {}
+    found = [_signature(layer, i, owners) for i, layer in enumerate(stack)]
+    keys = dict.fromkeys(key for _, _, attributes in found for key in attributes)
+    counters = {
+        key
+        for key in keys
+        if _counts([attributes.get(key) for *_, attributes in found])
+    }
     return [
         (
-            tuple((n, type(m).__name__) for n, m in layer.named_modules()),
-            tuple((n, tuple(p.shape)) for n, p in layer.named_parameters()),
+            modules,
+            shapes,
             tuple((k, v) for k, v in attributes.items() if k not in counters),
         )
-        for layer, attributes in zip(stack, plain, strict=True)
+        for modules, shapes, attributes in found
     ]
+
+
+_Signature = tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]
+"""A layer's classes by path, its parameters' shapes, and its plain attributes."""
+
+
+def _signature(
+    layer: nn.Module, index: int, owners: dict[int, int]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """A layer's classes, shapes, and numbers, words and truth values by path.
+
+    A parameter that an earlier layer holds too is told apart, for it is that layer's.
+    """
+    modules, shapes, attributes = [], [], {}
+    for path, module in layer.named_modules():
+        modules.append((path, type(module).__name__))
+        for name, parameter in module.named_parameters(recurse=False):
+            owner = owners.setdefault(id(parameter), index)
+            shapes.append((path, name, tuple(parameter.shape), owner == index))
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and name != "training":
+                attributes[f"{path}.{name}"] = value
+    return tuple(modules), tuple(shapes), attributes
 
 
 def _counts(values: list[Any]) -> bool:
@@ -310,17 +339,7 @@ def _counts(values: list[Any]) -> bool:
     return len(have) == len(values) > 2 and len(steps) == 1 and steps != {0}
 
 
-def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
-    """The layer's numbers, words and truth values, by path."""
-    return {
-        f"{path}.{name}".lstrip("."): value
-        for path, module in layer.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and name != "training"
-    }
-
-
-def _block_name(layer: nn.Module, signatures: list[Any], index: int) -> str:
+def _block_name(layer: nn.Module, signatures: list[_Signature], index: int) -> str:
     """The layer's class, with what sets its kind apart from the others in the stack."""
     own = signatures[index]
     others = [signature for signature in signatures if signature != own]
@@ -345,9 +364,9 @@ def _own_classes(modules: Any, others: list[Any]) -> Iterator[str]:
             yield class_name
 
 
-_ATTENTION = re.compile(r"attn|attention")
-_RECURRENCE = re.compile(r"mamba|ssm|recurrent|rwkv|lstm|short_?conv")
-"""What mixes tokens and is neither attention nor an MLP."""
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_RECURRENCE = re.compile(r"Mixer|RecurrentBlock|ShortConv")
+"""What mixes tokens and is neither attention nor an MLP: Mamba's layers, say."""
 
 
 def _calls_itself(model: nn.Module, path: str, pattern: re.Pattern[str]) -> bool:
@@ -355,7 +374,7 @@ def _calls_itself(model: nn.Module, path: str, pattern: re.Pattern[str]) -> bool
     parts = path.split(".")
     for end in range(1, len(parts) + 1):
         below = model.get_submodule(".".join(parts[:end]))
-        called = f"{parts[end - 1]} {type(below).__name__}".lower()
+        called = f"{parts[end - 1]} {type(below).__name__}"
         if pattern.search(called) and not _is_layer(below):
             return True
     return False

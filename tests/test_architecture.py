@@ -9,7 +9,7 @@ from memplan.architecture import Architecture, Block, Linear, Parameter
 
 WIDE = Linear(path="mlp.up", in_features=4, out_features=6, bias=True, kind="mlp")
 FLAT = Linear(
-    path="attn.q", in_features=4, out_features=4, bias=False, kind="attention"
+    path="q", in_features=4, out_features=4, bias=False, kind="attention"
 )
 NORM = Parameter(path="norm.weight", shape=(4,), kind="norm")
 EXPERTS = Parameter(path="experts.up", shape=(8, 4, 6), kind="experts")
@@ -91,12 +91,12 @@ def test_layers_are_counted_by_stack() -> None:
 
 def test_every_linear_has_its_full_path() -> None:
     assert list(TINY.all_linears()) == [
-        ("model.layers.0.attn.q", FLAT),
+        ("model.layers.0.q", FLAT),
         ("model.layers.0.mlp.up", WIDE),
-        ("model.layers.2.attn.q", FLAT),
+        ("model.layers.2.q", FLAT),
         ("model.layers.2.mlp.up", WIDE),
-        ("model.layers.1.attn.q", FLAT),
-        ("eyes.0.attn.q", FLAT),
+        ("model.layers.1.q", FLAT),
+        ("eyes.0.q", FLAT),
         ("head", HEAD),
     ]
 

@@ -194,15 +194,30 @@ def test_encoder_and_decoder_are_two_stacks(catalog: dict[str, Architecture]) ->
     assert t5.layers_by_stack == {"encoder.block": 8, "decoder.block": 8}
 
 
-def test_any_family_of_transformers_can_be_inspected() -> None:
-    architecture = inspector.inspect(source(model_type="nemotron", num_hidden_layers=2))
+@pytest.mark.parametrize(
+    "model_type",
+    ["xglm", "mamba2", "jamba", "zamba", "longcat_flash", "recurrent_gemma", "clip"],
+)
+def test_family_that_the_catalog_lacks_is_read_off_its_tree(model_type: str) -> None:
+    """Layers of several classes, layers that share modules, and no token table."""
+    model = source(model_type=model_type)
 
-    assert architecture.model_type == "nemotron"
-    assert architecture.num_layers == 2
+    architecture = inspector.inspect(model)
+
+    built = inspector.build_meta_model("built", inspector.build_config(model))
+    numbers = {id(p): p.numel() for p in built.parameters()}
+    assert architecture.total_parameters == sum(numbers.values())
+    assert architecture.num_layers > 1
+
+
+def test_what_mixes_tokens_without_attention_is_no_mlp() -> None:
+    mamba = inspector.inspect(source(model_type="mamba2", num_hidden_layers=2))
+
+    assert mamba.parameters_by_kind.keys() == {"embedding", "other", "norm", "head"}
 
 
 def test_tagged_infinity_is_a_number() -> None:
-    """transformers 5 saves a Mamba2 config so; a hub's older file has Infinity."""
+    """So transformers 5 saves a Mamba2 config; a hub's older file has Infinity."""
     tagged = {"__float__": "Infinity"}
     small = {"model_type": "mamba2", "num_hidden_layers": 1}
 

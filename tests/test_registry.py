@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from memplan.errors import UnknownNameError
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder of parts in a package of memplan's, made for a test."""
     import memplan
 
@@ -40,7 +41,5 @@ def test_names_import_no_part(folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["two_words", "_shared", "", "plain.x", "../plain"])
 def test_unknown_part_is_refused_by_name(folder: str, name: str) -> None:
-    with pytest.raises(UnknownNameError, match="field: ") as error:
+    with pytest.raises(UnknownNameError, match=r"field: .* is unknown"):
         registry.load(folder, name, "field")
-
-    assert "two-words" in str(error.value)

@@ -69,7 +69,7 @@ def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
     if shapes.dtype not in ("float16", "bfloat16"):
         return f"flash attention takes half precision, the query is {shapes.dtype}"
     if shapes.masked:
-        return "flash attention takes no mask, and the batch is padded"
+        return "flash attention takes no mask, and the batch or the model needs one"
     if head_dim != shapes.value[-1]:
         return f"flash attention needs equal heads, not {head_dim} and {shapes.value[-1]}"
     if head_dim > 256:

@@ -82,6 +82,7 @@ class Reroute:
         self._tracer = tracer
         self._attention = recipe.attention
         self._autocasts = recipe.autocast != "none"
+        self._chunks = recipe.loss == "chunked"
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
@@ -96,6 +97,8 @@ class Reroute:
             stack.enter_context(
                 mock.patch("torch.clear_autocast_cache", self._casts.clear)
             )
+            if self._chunks:
+                stack.enter_context(_triton_like())
             for (owner, name), function in self._replacements().items():
                 stack.enter_context(mock.patch.object(owner, name, function))
             yield
@@ -211,10 +214,71 @@ class Reroute:
 _WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
+    "torch.nn.utils.clip_grad._device_has_foreach_support": lambda device: True,
+    "torch.nn.utils.clip_grad._has_foreach_support": lambda tensors, device: True,
     "torch.utils.checkpoint._infer_device_type": lambda *args: "cuda",
 }
 """What PyTorch asks before it casts for a CUDA card, and before a checkpoint keeps the
 state of autocast; answered as where there is a card."""
+
+
+@contextmanager
+def _triton_like() -> Iterator[None]:
+    """Lets TRL's fused head take its CUDA path, whose kernels write into its buffers.
+
+    Every label counts, so that what is picked out is all there is; autocast is asked for
+    by the device of the hidden states.
+    """
+    from torch.fx.experimental import _config
+    from trl.kernels import chunked_logprob
+
+    kernel = _NoKernel()
+    is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+    with ExitStack() as stack:
+        for name, replacement in {
+            "_use_triton": lambda device: True,
+            "_forward_kernel": kernel,
+            "_backward_kernel": kernel,
+            "_addmm_fp32": _addmm_float32,
+            "triton": _NoTriton,
+        }.items():
+            stack.enter_context(
+                mock.patch.object(chunked_logprob, name, replacement, create=True)
+            )
+        stack.enter_context(
+            mock.patch("trl.trainer.utils._use_triton", lambda device: True)
+        )
+        stack.enter_context(
+            mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True)
+        )
+        stack.enter_context(
+            mock.patch.object(
+                torch, "is_autocast_enabled", lambda device="cuda": is_enabled("cuda")
+            )
+        )
+        stack.enter_context(
+            mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype_of("cuda"))
+        )
+        yield
+
+
+class _NoKernel:
+    """A Triton kernel that computes nothing: kernel[grid](...)."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _NoTriton:
+    """What TRL asks of Triton itself."""
+
+    @staticmethod
+    def cdiv(dividend: int, divisor: int) -> int:
+        return -(-dividend // divisor)
+
+
+def _addmm_float32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """acc += a b, which CUDA computes in place and accumulates in float32."""
 
 
 def _casting(

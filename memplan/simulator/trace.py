@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.gpu import Gpu
 from memplan.simulator.events import EventLog
+from memplan.simulator.meta import MetaKernels
 from memplan.simulator.operators import Call, rule_of
 
 _ENGINE_CODE = _engine_run_backward.__code__
@@ -48,6 +49,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
         self.log = log
+        self.kernels = MetaKernels()
         self.vocab_size = 0
         """Tensors whose last side is this long are logits."""
         self.sums_in_place = False

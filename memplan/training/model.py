@@ -19,6 +19,7 @@ from memplan.errors import InputError
 from memplan.inspector import build_config, build_meta_model
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
+from memplan.training.loss import prepare_loss
 
 EAGER = "eager"
 SDPA = "sdpa"
@@ -38,6 +39,7 @@ def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
         attn_implementation=EAGER if recipe.attention == EAGER else SDPA,
     )
     quantize(model, recipe)
+    prepare_loss(model, recipe)
     return model.train()
 
 

@@ -51,7 +51,7 @@ class Loop:
         if self._recipe.max_grad_norm is not None:
             with self._phase(f"{number}.clip"):
                 torch.nn.utils.clip_grad_norm_(
-                    self._parameters, self._recipe.max_grad_norm, foreach=True
+                    self._parameters, self._recipe.max_grad_norm
                 )
         with self._phase(f"{number}.optimizer"):
             self._optimizer.step()

@@ -65,7 +65,7 @@ class Call:
 
     def run(self) -> Any:
         """Runs the operator and logs what it returns."""
-        result = self.func(*self.args, **self.kwargs)
+        result = self.tracer.kernels.run(self.func, self.args, self.kwargs)
         self.tracer.record(self.func, self.args, result)
         return result
 
