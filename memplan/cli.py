@@ -20,6 +20,7 @@ COMMANDS = {
     "gpus": "List the cards that the catalog knows.",
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
+    "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
     "schema": "Print the JSON schema of a recipe file or of the output.",
 }
 """Each command with its line of help; its module is of the same name."""
@@ -77,9 +78,14 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of a command line; everything it says is printed."""
+    """The exit code of a command line; everything it says is printed.
+
+    Stands in for `click.Group.main`, which makes exit 1 of a broken pipe: here that
+    would mean that a run does not fit.
+    """
     try:
-        code = group.main(arguments, prog_name="memplan", standalone_mode=False)
+        with group.make_context("memplan", list(arguments)) as context:
+            code = group.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as end:
         return end.exit_code

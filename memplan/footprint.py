@@ -75,7 +75,7 @@ class Footprint:
     failed_moment: str | None = None
     """The moment in which the card ran out of memory, None where it did not."""
     missing_bytes: int = 0
-    """How many bytes the failed allocation lacked."""
+    """How many more bytes the card would need; 0 where it does not fail."""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -95,22 +95,21 @@ class Footprint:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the card's capacity suffices; None where no card is given."""
-        if self.failed_moment is not None:
-            return False
-        needed = self.device_bytes(self.life_peak)
-        if self.capacity_bytes is None or needed is None:
-            return None
-        return needed <= self.capacity_bytes
+        """Whether the card's capacity suffices; None where no card is given.
+
+        Paged memory is left out: the driver moves it to the host when it must.
+        """
+        margin_bytes = self.margin_bytes
+        return None if margin_bytes is None else margin_bytes >= 0
 
     @property
     def margin_bytes(self) -> int | None:
         """What the card has left at the life's peak; negative where it lacks."""
-        needed = self.device_bytes(self.life_peak)
-        if self.capacity_bytes is None or needed is None:
+        if self.capacity_bytes is None or self.context_bytes is None:
             return None
         if self.failed_moment is not None:
             return -self.missing_bytes
+        needed = self.life_peak.reserved_bytes + self.context_bytes
         return self.capacity_bytes - needed
 
     @property

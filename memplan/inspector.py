@@ -72,18 +72,9 @@ def build_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any
     _check_depths(source.name, source.config)
     if trust_remote_code and source.needs_remote_code:
         return _remote_config(source)
-    if model_type in models.MODEL_TYPES:
-        models.register()
-    known = transformers.CONFIG_MAPPING
-    if model_type not in known:
-        remedy = (
-            "it brings code of its own: pass --trust-remote-code to run that code"
-            if source.needs_remote_code
-            else f"transformers {transformers.__version__} does not have it"
-        )
-        raise UnknownNameError("model_type", model_type, list(known), remedy)
+    config_class = _config_class(source, model_type)
     with _quiet(), _told_as_input_error(source.name):
-        config = known[model_type](**keys)
+        config = config_class(**keys)
         _check_sizes(source.name, config)
     return config
 
@@ -151,6 +142,21 @@ def is_generative(config: Any) -> bool:
     return (
         causal or config.model_type in models.MODEL_TYPES or _is_multimodal(config)
     ) and not _is_encoder(config)
+
+
+def _config_class(source: ModelSource, model_type: str) -> Any:
+    """The class of a family's configs; raises UnknownNameError for other families."""
+    if model_type in models.MODEL_TYPES:
+        models.register()
+    known = transformers.CONFIG_MAPPING
+    if model_type not in known:
+        remedy = (
+            "it brings code of its own: pass --trust-remote-code to run that code"
+            if source.needs_remote_code
+            else f"transformers {transformers.__version__} does not have it"
+        )
+        raise UnknownNameError("model_type", model_type, list(known), remedy)
+    return known[model_type]
 
 
 class _Reader:

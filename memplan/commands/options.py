@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,27 +49,44 @@ def gpu_options(function: Function) -> Function:
     return _decorated(function, options)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GpuOptions:
-    """What the gpu options were given as."""
+def take_gpu(options: dict[str, Any]) -> Gpu | None:
+    """The card of the command's options; None where none is given.
 
-    gpu_text: str | None
-    reserve: str | None
-    display: bool
-    context: str | None
-    os_name: str | None
+    Takes the card's options out of the command's.
+    """
+    text = options.pop("gpu_text")
+    reserve = options.pop("reserve")
+    display = options.pop("display")
+    context = options.pop("context")
+    os_name = options.pop("os_name")
+    if text is None:
+        return None
+    return find_gpu(
+        text,
+        reserve_bytes=_size(reserve, "--reserve") or 0,
+        display=display,
+        context_bytes=_size(context, "--context"),
+        os_name=os_name,
+    )
 
-    def find(self) -> Gpu | None:
-        """The card that the options describe; None where none is given."""
-        if self.gpu_text is None:
-            return None
-        return find_gpu(
-            self.gpu_text,
-            reserve_bytes=_size(self.reserve, "--reserve") or 0,
-            display=self.display,
-            context_bytes=_size(self.context, "--context"),
-            os_name=self.os_name,
-        )
+
+class RecipeCommand(click.Command):
+    """A command whose truth values may be given bare: `--padded`, `--no-padded`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_spelt_out(args)))
+
+
+def _spelt_out(args: list[str]) -> Iterator[str]:
+    """The arguments with `true` or `false` after each of the recipe's truth values."""
+    for index, arg in enumerate(args):
+        following = args[index + 1].lower() if index + 1 < len(args) else ""
+        if arg in _FLAGS and following not in ("true", "false"):
+            yield from (arg, "true")
+        elif arg.replace("--no-", "--", 1) in _FLAGS and arg not in _FLAGS:
+            yield from (arg.replace("--no-", "--", 1), "false")
+        else:
+            yield arg
 
 
 def recipe_options(function: Function) -> Function:
@@ -90,6 +107,12 @@ def recipe_options(function: Function) -> Function:
 
 
 _ALIASES = {"batch_size": ("--batch",), "sequence_length": ("--seq",)}
+
+_FLAGS = frozenset(
+    f"--{field.name.replace('_', '-')}"
+    for field in dataclasses.fields(Recipe)
+    if isinstance(field.metadata["kind"], Flag)
+)
 
 
 def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
@@ -151,7 +174,7 @@ def _size(text: str | None, field: str) -> int | None:
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:
-    return "BOOLEAN" if isinstance(field.metadata["kind"], Flag) else "VALUE"
+    return "[true|false]" if isinstance(field.metadata["kind"], Flag) else "VALUE"
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

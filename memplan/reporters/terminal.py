@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from rich.box import SIMPLE_HEAD
@@ -68,3 +69,13 @@ def table(
     if title:
         say(title, style="bold")
     console().print(drawn)
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal's stderr what is going on; yields what is told of it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda label: None
+        return
+    with console(stderr=True).status(title) as status:
+        yield lambda label: status.update(f"{title}: {label}")

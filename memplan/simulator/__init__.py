@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import nn
 
-from memplan import optimizers
+from memplan import checks, optimizers
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
-from memplan.gpu import Gpu
+from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
 from memplan.simulator.load import Loader
-from memplan.simulator.replay import Replay, replay
+from memplan.simulator.replay import LiveBlock, Replay, replay
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
 from memplan.training import model as training_model
@@ -29,6 +30,15 @@ from memplan.training.step import Loop
 
 STEPS = 2
 """The first step makes the optimizer's state; every later one is like the second."""
+
+TRACED_MICRO_BATCHES = 2
+"""The first makes the gradients; every later one adds to them like the second."""
+
+UNNAMED_CARD = "80GB"
+"""What stands for the card where none is named; its kernels are those of 8.6."""
+
+MISSING_SEARCH_STEPS = 8
+"""Halvings of the range in which the smallest sufficient memory is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +50,73 @@ class Trace:
     trainable_parameters: int
     paged_bytes: int
     operators: dict[Any, int]
+    """How often each operator ran."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """A simulated fine-tune: its footprint, and what lay in memory at the peak."""
+
+    footprint: Footprint
+    total_parameters: int
+    trainable_parameters: int
+    peak_blocks: tuple[LiveBlock, ...]
+    """Blocks live at the peak; the last is the one whose allocation reached it."""
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return {
+            "total": self.total_parameters,
+            "trainable": self.trainable_parameters,
+        }
+
+    def largest(self, count: int) -> list[LiveBlock]:
+        """The largest blocks that were live at the peak."""
+        return sorted(self.peak_blocks, key=lambda block: -block.num_bytes)[:count]
+
+
+def simulate(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu | None = None,
+    settings: AllocatorSettings | None = None,
+) -> Footprint:
+    """Bytes through the load, the adaptation and the steps of a fine-tune.
+
+    Without a card, kernels are those of compute capability 8.6 and nothing limits
+    memory. Raises InputError for a recipe that cannot run.
+    """
+    return run(architecture, recipe, gpu, settings).footprint
+
+
+def run(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu | None = None,
+    settings: AllocatorSettings | None = None,
+    progress: Callable[[str], None] = lambda label: None,
+) -> Simulation:
+    """The simulation of a fine-tune; `progress` is told of each moment that begins."""
+    notes = checks.check(architecture, recipe, gpu)
+    traced = trace(architecture, recipe, gpu or find_gpu(UNNAMED_CARD), progress)
+    settings = settings or AllocatorSettings()
+    progress("replay")
+    found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
+    footprint = Footprint(
+        moments=tuple(found.moments),
+        context_bytes=gpu.context_bytes if gpu else None,
+        paged_bytes=traced.paged_bytes,
+        capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
+        failed_moment=found.failed_moment,
+        missing_bytes=missing_bytes,
+        notes=(*notes, *_replay_notes(found)),
+    )
+    return Simulation(
+        footprint=footprint,
+        total_parameters=traced.total_parameters,
+        trainable_parameters=traced.trainable_parameters,
+        peak_blocks=found.peak_blocks,
+    )
 
 
 def trace(
@@ -62,49 +139,70 @@ def trace(
         with phase("load"):
             model = training_model.build(architecture, recipe)
             Loader(tracer, recipe).load(model)
-        reroute = Reroute(tracer, recipe)
-        with reroute.installed(), repeated_heads(recipe.attention), tracer:
+        with (
+            Reroute(tracer, recipe).installed(),
+            repeated_heads(recipe.attention),
+            tracer,
+        ):
             with phase("adapt"):
                 adapted = _adapt(model, architecture, recipe, tracer)
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
-            loop = Loop(adapted, recipe, architecture.vocab_size, _labelled(phase, tracer, adapted))
+            watched = _labelling_gradients(phase, tracer, adapted)
+            loop = Loop(adapted, recipe, architecture.vocab_size, watched)
             for number in range(1, STEPS + 1):
-                loop.run_step(number, min(recipe.accumulation, 2))
-            trained = training_model.trained_parameters(adapted)
-            scheme = optimizers.find(recipe.optimizer)
-            paged = sum(scheme.paged_bytes(tuple(p.shape)) for p in trained)
-            trainable = sum(p.numel() for p in trained)
+                loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
             tracer.stop()
+        trained = training_model.trained_parameters(adapted)
+    optimizer = optimizers.find(recipe.optimizer)
     return Trace(
         log=log,
         total_parameters=architecture.total_parameters,
-        trainable_parameters=trainable,
-        paged_bytes=paged,
+        trainable_parameters=sum(parameter.numel() for parameter in trained),
+        paged_bytes=sum(optimizer.paged_bytes(tuple(p.shape)) for p in trained),
         operators=tracer.operators,
     )
 
 
-def simulate(
-    architecture: Architecture,
-    recipe: Recipe,
-    gpu: Gpu,
-    settings: AllocatorSettings = AllocatorSettings(),
-) -> Footprint:
-    """Bytes through the load, the adaptation and the steps of a fine-tune.
+def _replay_on_card(
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None
+) -> tuple[Replay, int]:
+    """The replay with the card's budget, and how many bytes more it would need.
 
-    Raises InputError for a recipe that cannot run on the card.
+    Where the budget does not suffice, the moments are those of a card that is large
+    enough, and `failed_moment` is the first that fails on this one.
     """
-    traced = trace(architecture, recipe, gpu)
-    found = replay(traced.log, settings, gpu.budget_bytes)
-    return Footprint(
-        moments=tuple(found.moments),
-        context_bytes=gpu.context_bytes,
-        paged_bytes=traced.paged_bytes,
-        capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes,
-        failed_moment=found.failed_moment,
-        missing_bytes=found.missing_bytes,
-    )
+    unlimited = replay(log, settings, None)
+    if gpu is None:
+        return unlimited, 0
+    limited = replay(log, settings, gpu.budget_bytes)
+    if limited.failed_moment is None:
+        return limited, 0
+    unlimited.failed_moment = limited.failed_moment
+    enough = max(moment.reserved_bytes for moment in unlimited.moments)
+    return unlimited, _smallest_budget(log, settings, gpu, enough) - gpu.budget_bytes
+
+
+def _smallest_budget(
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu, enough: int
+) -> int:
+    """About the smallest budget that suffices; near the limit the cache is given back."""
+    too_little = gpu.budget_bytes
+    for _ in range(MISSING_SEARCH_STEPS):
+        middle = (too_little + enough) // 2
+        if replay(log, settings, middle).failed_moment is None:
+            enough = middle
+        else:
+            too_little = middle
+    return enough
+
+
+def _replay_notes(found: Replay) -> Iterator[str]:
+    if found.num_alloc_retries and found.failed_moment is None:
+        yield (
+            f"It fits only because the allocator gives its cache back "
+            f"{found.num_alloc_retries} times, which is slow."
+        )
 
 
 def _adapt(
@@ -119,10 +217,12 @@ def _adapt(
     return training_model.adapt(model, architecture, recipe)
 
 
-def _labelled(
-    phase: Callable[[str], Any], tracer: Tracer, model: nn.Module
-) -> Callable[[str], Any]:
-    """Phases after which gradients are labelled as such."""
+def _labelling_gradients(
+    phase: Callable[[str], AbstractContextManager[None]],
+    tracer: Tracer,
+    model: nn.Module,
+) -> Callable[[str], AbstractContextManager[None]]:
+    """The phases of a loop, after which gradients are labelled as such."""
 
     @contextlib.contextmanager
     def labelled(label: str) -> Iterator[None]:
@@ -138,14 +238,23 @@ def _labelled(
 
 @contextlib.contextmanager
 def _no_warnings() -> Iterator[None]:
+    """Keeps what libraries say about training on this machine off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers")]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def _no_initialization() -> Iterator[None]:
-    """Leaves new adapters' values on the host as they are: memory does not need them."""
+    """Leaves the values of new adapters on the host as they are: none is read."""
     names = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_")
     with contextlib.ExitStack() as stack:
         for name in names:

@@ -17,6 +17,9 @@ from torch import nn
 from memplan.recipe import Recipe
 from memplan.simulator.trace import Tracer
 
+STATE = "quantization_state"
+"""The category of what dequantising needs besides the codes."""
+
 HALF_BYTES = 2
 CODE_SCRATCH_BYTES = 4
 """Two scalars that normalise a 4-bit code (`get_4bit_type`)."""
@@ -37,45 +40,38 @@ class Loader:
         self._recipe = recipe
         self._loaded: set[int] = set()
         self._has_dynamic_map = False
+        self._path = ""
+        """The module whose tensors are being loaded."""
 
     def load(self, model: nn.Module) -> None:
         """Onto the card by `device_map` where quantised, else by way of the host."""
         if self._recipe.quantization == "none":
-            for _, tensor in _in_module_order(model):
+            for self._path, tensor in _in_module_order(model, ""):
                 self._take(tensor)
             return
         self._warm_up(model)
-        for name, parameter in sorted(
-            _with_modules(model), key=lambda item: _natural_key(item[0])
-        ):
-            self._take_parameter(name, *parameter)
-        for _, buffer in model.named_buffers():
+        for name, parameter in sorted(_parameters(model), key=_natural_key):
+            self._path = name.rpartition(".")[0]
+            self._take_parameter(parameter)
+        for name, buffer in model.named_buffers():
+            self._path = name.rpartition(".")[0]
             self._take(buffer)
 
     def _warm_up(self, model: nn.Module) -> None:
         """One block for all the weights, so that they are cut from one segment."""
-        num_bytes = 0
-        seen: set[int] = set()
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    num_bytes += parameter.numel() * parameter.element_size()
+        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         limit = max(0, self._tracer.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
         block = self._allocate(min(num_bytes, limit) // HALF_BYTES * HALF_BYTES)
         self._log.free(block)
 
-    def _take_parameter(self, name: str, module: nn.Module, tensor: Any) -> None:
-        kind = type(tensor).__name__
-        if id(tensor) in self._loaded:
-            return
+    def _take_parameter(self, parameter: Any) -> None:
+        kind = type(parameter).__name__
         if kind == "Params4bit":
-            self._quantize_4bit(tensor)
+            self._quantize_4bit(parameter)
         elif kind == "Int8Params":
-            self._quantize_int8(tensor)
+            self._quantize_int8(parameter)
         else:
-            self._take(tensor)
-        self._loaded.add(id(tensor))
+            self._take(parameter)
 
     def _quantize_4bit(self, weight: Any) -> None:
         """The 16-bit weight, absmax, codes; the absmax quantised; the weight freed."""
@@ -84,9 +80,9 @@ class Loader:
         full = self._allocate(num_weights * state.dtype.itemsize)
         nested = state.state2 is not None
         blocks = math.ceil(num_weights / state.blocksize)
-        absmax = self._allocate(4 * blocks) if nested else self._take(state.absmax)
+        absmax = self._allocate(4 * blocks) if nested else self._take(state.absmax, STATE)
         self._take(weight)
-        self._take(state.code)
+        self._take(state.code, STATE)
         scratch = [self._allocate(CODE_SCRATCH_BYTES) for _ in range(2)]
         for block in scratch:
             self._log.free(block)
@@ -96,61 +92,58 @@ class Loader:
         self._log.free(full)
 
     def _quantize_absmax(self, state: Any, blocks: int) -> None:
-        self._take(state.offset)
+        self._take(state.offset, STATE)
         difference = self._allocate(4 * blocks)
         if not self._has_dynamic_map:
             self._has_dynamic_map = True
-            self._allocate(DYNAMIC_MAP_BYTES, "quantization_state")
-        self._take(state.state2.absmax)
-        self._take(state.absmax)
-        self._take(state.state2.code)
+            self._allocate(DYNAMIC_MAP_BYTES, STATE)
+        self._take(state.state2.absmax, STATE)
+        self._take(state.absmax, STATE)
+        self._take(state.state2.code, STATE)
         self._log.free(difference)
 
     def _quantize_int8(self, weight: Any) -> None:
         """The 16-bit weight, then a second copy that is quantised and dropped."""
         full = self._allocate(HALF_BYTES * weight.numel())
         copy = self._allocate(HALF_BYTES * weight.numel())
-        self._take(weight.SCB)
+        self._take(weight.SCB, STATE)
         self._take(weight)
         self._log.free(copy)
         self._log.free(full)
 
-    def _take(self, tensor: torch.Tensor) -> int:
-        """Allocates a tensor that stays."""
+    def _take(self, tensor: torch.Tensor, category: str = "weights") -> int:
+        """Allocates a tensor that stays, once where it is tied."""
         if id(tensor) in self._loaded:
             return -1
         self._loaded.add(id(tensor))
-        state = not isinstance(tensor, nn.Parameter) and tensor.dim() <= 1
-        category = "quantization_state" if state and self._is_state(tensor) else "weights"
-        num_bytes = tensor.untyped_storage().nbytes()
-        block = self._allocate(num_bytes, category)
+        block = self._allocate(tensor.untyped_storage().nbytes(), category)
         self._tracer.hold(tensor, block)
         return block
 
-    def _is_state(self, tensor: torch.Tensor) -> bool:
-        return self._recipe.quantization != "none"
-
     def _allocate(self, num_bytes: int, category: str = "weights") -> int:
-        return self._log.allocate(num_bytes, "load", "", category)
+        return self._log.allocate(num_bytes, "load", self._path, category)
 
 
-def _in_module_order(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _in_module_order(
+    module: nn.Module, path: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, then buffers, children before their parent (nn.Module._apply)."""
-    for child in model.children():
-        yield from _in_module_order(child)
-    yield from model.named_parameters(recurse=False)
-    yield from model.named_buffers(recurse=False)
+    for name, child in module.named_children():
+        yield from _in_module_order(child, f"{path}.{name}".lstrip("."))
+    for _, parameter in module.named_parameters(recurse=False):
+        yield path, parameter
+    for _, buffer in module.named_buffers(recurse=False):
+        yield path, buffer
 
 
-def _with_modules(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Any]]]:
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield f"{path}.{name}".lstrip("."), (module, parameter)
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names."""
+    return model.named_parameters(remove_duplicate=False)
 
 
-def _natural_key(name: str) -> list[tuple[int, int, str]]:
+def _natural_key(named: tuple[str, nn.Parameter]) -> list[tuple[int, int, str]]:
     """Numbers by value and before words, words by alphabet (`dot_natural_key`)."""
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in name.split(".")
+        for part in named[0].split(".")
     ]

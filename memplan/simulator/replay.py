@@ -13,10 +13,11 @@ from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
-    """A block that was live at the peak."""
+class LiveBlock:
+    """A block that was live at a peak."""
 
     num_bytes: int
+    """Bytes handed out, rounded as the allocator does."""
     category: str
     operator: str
     module: str
@@ -28,16 +29,13 @@ class Replay:
 
     moments: list[Moment] = field(default_factory=list)
     failed_moment: str | None = None
-    missing_bytes: int = 0
-    peak_blocks: tuple[int, ...] = ()
-    """Blocks live at the allocated peak of the training steps."""
+    peak_blocks: tuple[LiveBlock, ...] = ()
+    """Blocks live at the allocated peak of the training steps, the newest last."""
     num_alloc_retries: int = 0
 
 
 def replay(
-    log: EventLog,
-    settings: AllocatorSettings,
-    capacity_bytes: int | None,
+    log: EventLog, settings: AllocatorSettings, capacity_bytes: int | None
 ) -> Replay:
     """Moments of the log under an allocator that may reserve `capacity_bytes`.
 
@@ -47,6 +45,8 @@ def replay(
 
 
 class _Replayer:
+    """Walks a log once, with the allocator and the moment it is in."""
+
     def __init__(self, log: EventLog, allocator: CachingAllocator) -> None:
         self._log = log
         self._allocator = allocator
@@ -54,22 +54,19 @@ class _Replayer:
         self._result = Replay()
         self._label = ""
         self._peak_bytes = 0
-        self._at_peak: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._at_peak: tuple[LiveBlock, ...] = ()
 
     def run(self) -> Replay:
-        peaks = _peak_positions(self._log)
         try:
-            self._run(peaks)
-        except OutOfMemory as failure:
-            self._end_moment()
+            self._run()
+        except OutOfMemory:
             self._result.failed_moment = self._label
-            self._result.missing_bytes = _missing(failure)
-        else:
-            self._end_moment()
+        self._end_moment()
         self._result.num_alloc_retries = self._allocator.num_alloc_retries
         return self._result
 
-    def _run(self, peaks: dict[int, int]) -> None:
+    def _run(self) -> None:
+        peaks = _peak_positions(self._log)
         live, malloc, free = self._live, self._allocator.malloc, self._allocator.free
         for position, (block, num_bytes) in enumerate(self._log.events):
             if num_bytes == FREE:
@@ -83,51 +80,59 @@ class _Replayer:
             elif block == EMPTY_CACHE:
                 self._allocator.empty_cache()
             if position in peaks:
-                self._note_peak()
+                self._at_peak = self._live_blocks()
 
-    def _note_peak(self) -> None:
-        """Keeps what is live when the moment's allocated peak is reached."""
-        self._at_peak[self._label] = (
-            self._allocator.allocated_bytes,
-            tuple(self._live),
+    def _live_blocks(self) -> tuple[LiveBlock, ...]:
+        log = self._log
+        return tuple(
+            LiveBlock(
+                num_bytes=held.size_bytes,
+                category=log.categories[block],
+                operator=log.operators[block],
+                module=log.modules[block],
+            )
+            for block, held in self._live.items()
+            if held is not None
         )
 
     def _end_moment(self) -> None:
         if not self._label:
             return
-        blocks = self._at_peak.get(self._label, (0, tuple(self._live)))[1]
         allocated = self._allocator.peak_allocated_bytes
         moment = Moment(
             label=self._label,
             allocated_bytes=allocated,
             reserved_bytes=self._allocator.peak_reserved_bytes,
             end_allocated_bytes=self._allocator.allocated_bytes,
-            breakdown=self._breakdown(blocks, allocated),
+            breakdown=_breakdown(self._at_peak or self._live_blocks(), allocated),
         )
-        self._merge(moment, blocks)
+        if moment.in_training and allocated > self._peak_bytes:
+            self._peak_bytes = allocated
+            self._result.peak_blocks = self._at_peak
+        self._merge(moment)
+        self._at_peak = ()
 
-    def _merge(self, moment: Moment, blocks: tuple[int, ...]) -> None:
+    def _merge(self, moment: Moment) -> None:
         """A moment that comes again, as micro-batches do, keeps its worst."""
         moments = self._result.moments
-        same = [m for m in moments if m.label == moment.label]
-        if same:
-            moment = _worse(same[0], moment)
-            moments[moments.index(same[0])] = moment
-        else:
-            moments.append(moment)
-        if moment.in_training and moment.allocated_bytes > self._peak_bytes:
-            self._peak_bytes = moment.allocated_bytes
-            self._result.peak_blocks = blocks
+        for index, same in enumerate(moments):
+            if same.label == moment.label:
+                moments[index] = _worse(same, moment)
+                return
+        moments.append(moment)
 
-    def _breakdown(self, blocks: tuple[int, ...], allocated: int) -> dict[str, int]:
-        """Allocated bytes by category; rounding goes to where the bytes are."""
-        parts: Counter[str] = Counter()
-        for block in blocks:
-            held = self._live.get(block)
-            size = held.size_bytes if held is not None else self._log.sizes[block]
-            parts[self._log.categories[block]] += size
-        parts["activations"] += allocated - sum(parts.values())
-        return dict(parts)
+
+def _breakdown(blocks: tuple[LiveBlock, ...], allocated: int) -> dict[str, int]:
+    """Allocated bytes by category.
+
+    The peak is looked for by bytes asked for; what rounding moves it by is counted as
+    activations, which come and go.
+    """
+    parts: Counter[str] = Counter()
+    for block in blocks:
+        parts[block.category] += block.num_bytes
+    parts["activations"] += allocated - sum(parts.values())
+    return dict(parts)
 
 
 def _peak_positions(log: EventLog) -> dict[int, int]:
@@ -146,12 +151,6 @@ def _peak_positions(log: EventLog) -> dict[int, int]:
             best, best_position = -1, -1
     peaks[best_position] = best
     return peaks
-
-
-def _missing(failure: OutOfMemory) -> int:
-    return max(
-        1, failure.requested_bytes + failure.allocated_bytes - (failure.capacity_bytes or 0)
-    )
 
 
 def _worse(one: Moment, other: Moment) -> Moment:

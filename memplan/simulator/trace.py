@@ -28,6 +28,9 @@ _ENGINE_CODE = _engine_run_backward.__code__
 """The frame that calls an operator which autograd's engine itself runs."""
 
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a model's own paths."""
+
 _NO_BLOCK = -1
 """The block of storages that are not on the card."""
 
@@ -234,7 +237,10 @@ class _ModuleTracker:
         self._handles: list[Any] = []
 
     def name(self, model: nn.Module) -> None:
-        self._names = {id(module): path for path, module in model.named_modules()}
+        self._names = {
+            id(module): path.removeprefix(PEFT_PREFIX)
+            for path, module in model.named_modules()
+        }
 
     def start(self) -> None:
         self._handles = [

@@ -1,0 +1,106 @@
+"""What can be said of a recipe for a model on a card before anything is computed.
+
+Raises InputError for what cannot run; returns notes on what runs otherwise than a person
+may think.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan import methods
+from memplan.architecture import Architecture
+from memplan.errors import InputError
+from memplan.gpu import Gpu
+from memplan.recipe import Recipe
+
+SMALLEST_INT8_CAPABILITY = (7, 5)
+"""Turing: LLM.int8() multiplies on its tensor cores."""
+
+
+def check(
+    architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None
+) -> tuple[str, ...]:
+    """Notes on the recipe; raises InputError where it cannot run."""
+    _check_model(architecture)
+    _check_positions(architecture, recipe)
+    _check_card(recipe, gpu)
+    return (
+        *methods.check(recipe),
+        *architecture.notes,
+        *_position_notes(architecture, recipe),
+        *_recipe_notes(recipe),
+        *_card_notes(recipe, gpu),
+    )
+
+
+def _check_model(architecture: Architecture) -> None:
+    if not architecture.generative:
+        raise InputError(
+            "model",
+            architecture.name,
+            f"is a {architecture.class_name}, which can be inspected only",
+            "give a causal language model",
+        )
+
+
+def _check_positions(architecture: Architecture, recipe: Recipe) -> None:
+    longest = architecture.max_positions
+    if not architecture.learned_positions or longest is None:
+        return
+    if recipe.sequence_length > longest:
+        raise InputError(
+            "sequence_length",
+            recipe.sequence_length,
+            f"is longer than the {longest} positions that {architecture.name} has learned",
+            f"give at most {longest}",
+        )
+
+
+def _check_card(recipe: Recipe, gpu: Gpu | None) -> None:
+    if gpu is None or recipe.quantization != "int8":
+        return
+    if gpu.compute_capability < SMALLEST_INT8_CAPABILITY:
+        major, minor = gpu.compute_capability
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            f"needs compute capability 7.5, and {gpu.name} has {major}.{minor}",
+            "use nf4-double, or another card",
+        )
+
+
+def _position_notes(architecture: Architecture, recipe: Recipe) -> Iterator[str]:
+    longest = architecture.max_positions
+    if longest is not None and recipe.sequence_length > longest:
+        yield (
+            f"The sequence is longer than the {longest} positions that "
+            f"{architecture.name} was configured for."
+        )
+
+
+def _recipe_notes(recipe: Recipe) -> Iterator[str]:
+    quantized = recipe.quantization != "none"
+    if recipe.checkpointing == "none":
+        for key, default in (("every_n_layers", 1), ("offload", False)):
+            if getattr(recipe, key) != default:
+                yield f"Without checkpointing, {key} has no effect."
+    if recipe.method == "dora" and recipe.dropout > 0 and quantized:
+        yield (
+            "DoRA with dropout on a quantised base keeps a dense copy of every adapted "
+            "weight for backward."
+        )
+    if recipe.autocast != "none" and not quantized and recipe.dtype == "float32":
+        yield (
+            "Autocast copies frozen float32 weights at every use and keeps the copies "
+            "for backward."
+        )
+    if recipe.optimizer.startswith("paged-"):
+        yield "States of 100,000 numbers and more are paged; smaller ones are not."
+
+
+def _card_notes(recipe: Recipe, gpu: Gpu | None) -> Iterator[str]:
+    if gpu is None or gpu.native_bf16:
+        return
+    if "bfloat16" in (recipe.dtype, recipe.autocast, recipe.compute_dtype):
+        yield f"{gpu.name} has no native bfloat16; it runs, slowly."

@@ -1,0 +1,96 @@
+"""`memplan simulate`: the peak of a fine-tune, byte for byte, without a card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from memplan.allocator import AllocatorSettings
+from memplan.architecture import Architecture
+from memplan.catalog import architecture_of
+from memplan.commands.options import (
+    RecipeCommand,
+    gpu_options,
+    json_option,
+    model_argument,
+    recipe_options,
+    take_gpu,
+    take_recipe,
+    trust_option,
+)
+from memplan.errors import MissingExtraError
+from memplan.gpu import Gpu
+from memplan.model_source import read_config
+from memplan.recipe import Recipe
+from memplan.reporters import footprint, json, terminal
+
+
+@click.command(cls=RecipeCommand)
+@click.argument("model", required=False)
+@recipe_options
+@gpu_options
+@click.option("--allocator", help="As PYTORCH_CUDA_ALLOC_CONF takes it.")
+@click.option(
+    "--top",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Show the N largest tensors at the peak.",
+)
+@trust_option
+@json_option
+def command(
+    model: str | None,
+    allocator: str | None,
+    top: int,
+    trust_remote_code: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Simulate a fine-tune's memory, byte for byte, without a card.
+
+    MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
+    card is too small.
+    """
+    recipe, named = take_recipe(options)
+    gpu = take_gpu(options)
+    settings = AllocatorSettings.parse(allocator or "")
+    source = read_config(
+        model_argument(model, named), trust_remote_code=trust_remote_code
+    )
+    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    simulation = _run(architecture, recipe, gpu, settings, quiet=as_json)
+    if as_json:
+        json.print_object(
+            json.footprint_object(
+                "simulation",
+                architecture.name,
+                recipe,
+                gpu,
+                simulation.footprint,
+                simulation.parameters,
+            )
+        )
+    else:
+        footprint.report_simulation(architecture, recipe, gpu, simulation, top)
+    return 1 if simulation.footprint.fits is False else 0
+
+
+def _run(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu | None,
+    settings: AllocatorSettings,
+    *,
+    quiet: bool,
+) -> Any:
+    with terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told:
+        told("imports")
+        try:
+            from memplan import simulator
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                "simulate", error.name or "torch", "torch"
+            ) from error
+        return simulator.run(architecture, recipe, gpu, settings, told)

@@ -1,0 +1,128 @@
+"""A footprint on a terminal: the verdict, the moments, the peak's breakdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from memplan.architecture import Architecture
+from memplan.footprint import Footprint
+from memplan.gpu import Gpu
+from memplan.recipe import Recipe
+from memplan.reporters import terminal
+from memplan.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from memplan.simulator import Simulation
+
+BAR_WIDTH = 24
+"""Characters of the longest bar."""
+
+
+def report_simulation(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu | None,
+    simulation: Simulation,
+    top: int,
+) -> None:
+    """Prints a simulated fine-tune."""
+    footprint = simulation.footprint
+    terminal.say(_headline(architecture, recipe, simulation))
+    terminal.say(_verdict(footprint, gpu), style="bold")
+    _report_moments(footprint)
+    _report_breakdown(footprint)
+    newest = simulation.peak_blocks[-1:]
+    if newest:
+        where = newest[0].module or "the loop"
+        terminal.say(f"The peak is reached by {newest[0].operator} in {where}.")
+    if top:
+        _report_largest(simulation, top)
+    report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
+
+
+def report_notes(notes: Sequence[str]) -> None:
+    """Prints what was assumed and what is worth knowing."""
+    for note in notes:
+        terminal.say(f"Note: {note}", style="dim")
+
+
+def _headline(
+    architecture: Architecture, recipe: Recipe, simulation: Simulation
+) -> str:
+    trainable = simulation.trainable_parameters
+    quantization = "" if recipe.quantization == "none" else f" on {recipe.quantization}"
+    return (
+        f"{architecture.name}, {recipe.method}{quantization}, batch "
+        f"{recipe.batch_size} x {recipe.sequence_length} tokens: trains "
+        f"{trainable:,} of {format_count(simulation.total_parameters)} parameters"
+    )
+
+
+def _verdict(footprint: Footprint, gpu: Gpu | None) -> str:
+    peak = footprint.life_peak
+    if gpu is None or footprint.margin_bytes is None:
+        return (
+            f"Peak {format_bytes(peak.allocated_bytes)} allocated, "
+            f"{format_bytes(peak.reserved_bytes)} reserved, in {peak.label}"
+        )
+    if footprint.failed_moment is not None:
+        return (
+            f"Does not fit on {gpu.name}: runs out of memory in "
+            f"{footprint.failed_moment}, {format_bytes(footprint.missing_bytes)} short"
+        )
+    needed = format_bytes(footprint.device_bytes(peak) or 0)
+    return (
+        f"Fits on {gpu.name}: {needed} on the device, "
+        f"{format_bytes(footprint.margin_bytes)} to spare"
+    )
+
+
+def _report_moments(footprint: Footprint) -> None:
+    terminal.table(
+        ("moment", "allocated", "reserved"),
+        [
+            (
+                moment.label,
+                format_bytes(moment.allocated_bytes),
+                format_bytes(moment.reserved_bytes),
+            )
+            for moment in footprint.moments
+        ],
+        right=("allocated", "reserved"),
+    )
+
+
+def _report_breakdown(footprint: Footprint) -> None:
+    parts = {name: size for name, size in footprint.breakdown.items() if size}
+    total = sum(parts.values()) or 1
+    largest = max(parts.values(), default=1)
+    terminal.table(
+        (f"at the peak ({footprint.peak.label})", "bytes", "share", ""),
+        [
+            (
+                name.replace("_", " "),
+                format_bytes(size),
+                f"{size / total:.1%}",
+                "#" * max(0, round(BAR_WIDTH * size / largest)),
+            )
+            for name, size in parts.items()
+        ],
+        right=("bytes", "share"),
+    )
+
+
+def _report_largest(simulation: Simulation, top: int) -> None:
+    terminal.table(
+        ("largest at the peak", "bytes", "for", "allocated by"),
+        [
+            (
+                block.module or "(outside of modules)",
+                format_bytes(block.num_bytes),
+                block.category.replace("_", " "),
+                block.operator,
+            )
+            for block in simulation.largest(top)
+        ],
+        right=("bytes",),
+    )
