@@ -102,5 +102,8 @@ def _recipe_notes(recipe: Recipe) -> Iterator[str]:
 def _card_notes(recipe: Recipe, gpu: Gpu | None) -> Iterator[str]:
     if gpu is None or gpu.native_bf16:
         return
-    if "bfloat16" in (recipe.dtype, recipe.autocast, recipe.compute_dtype):
+    precisions = [recipe.dtype, recipe.autocast]
+    if recipe.quantization != "none":
+        precisions.append(recipe.compute_dtype)
+    if "bfloat16" in precisions:
         yield f"{gpu.name} has no native bfloat16; it runs, slowly."

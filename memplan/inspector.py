@@ -106,6 +106,7 @@ def read_tree(
     reader = _Reader(model, num_experts)
     blocks = tuple(reader.blocks())
     linears, parameters = reader.rest()
+    max_positions = _integer(text_config, "max_position_embeddings")
     head_weight = getattr(head, "weight", None)
     tied = head_weight is not None and head_weight is getattr(embedding, "weight", None)
     return Architecture(
@@ -115,8 +116,8 @@ def read_tree(
         config=source.config,
         hidden_size=_integer(text_config, "hidden_size"),
         vocab_size=_integer(text_config, "vocab_size"),
-        max_positions=_integer(text_config, "max_position_embeddings") or None,
-        learned_positions=reader.learned_positions,
+        max_positions=max_positions or None,
+        learned_positions=_learns_positions(model, max_positions),
         generative=is_generative(config),
         tied=tied,
         num_experts=num_experts,
@@ -134,6 +135,16 @@ def _input_embedding(model: transformers.PreTrainedModel) -> nn.Module | None:
     except NotImplementedError:
         return None
     return embedding
+
+
+def _learns_positions(model: nn.Module, max_positions: int) -> bool:
+    """Whether a table holds a vector for each position; a vision tower's is smaller."""
+    return max_positions > 0 and any(
+        isinstance(module, nn.Embedding)
+        and module.num_embeddings >= max_positions
+        and re.search(r"position|wpe", path.rpartition(".")[2])
+        for path, module in model.named_modules()
+    )
 
 
 def is_generative(config: Any) -> bool:
@@ -165,7 +176,6 @@ class _Reader:
     def __init__(self, model: transformers.PreTrainedModel, num_experts: int) -> None:
         self.model = model
         self.num_experts = num_experts
-        self.learned_positions = False
         self._seen: set[int] = set()
         self._head = model.get_output_embeddings()
         self._stacks = dict(_stacks(model))
@@ -211,35 +221,29 @@ class _Reader:
             if skipped and f"{path}.".startswith(skipped):
                 continue
             kind = self._kind(f"{prefix}{path}".rstrip("."), module)
-            if isinstance(module, nn.Embedding | nn.Linear | Conv1D):
-                self._note_positions(path, module)
             if self._is_new_linear(module):
                 linears.append(_linear(path, module, kind))
                 self._seen.update(id(p) for p in module.parameters(recurse=False))
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in self._seen:
-                    continue
-                self._seen.add(id(parameter))
-                parameters.append(
-                    Parameter(
-                        path=f"{path}.{name}".lstrip("."),
-                        shape=tuple(parameter.shape),
-                        kind=self._parameter_kind(kind, parameter),
-                    )
-                )
+            else:
+                parameters.extend(self._new_parameters(path, module, kind))
         return tuple(linears), tuple(parameters)
+
+    def _new_parameters(
+        self, path: str, module: nn.Module, kind: str
+    ) -> Iterator[Parameter]:
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in self._seen:
+                self._seen.add(id(parameter))
+                yield Parameter(
+                    path=f"{path}.{name}".lstrip("."),
+                    shape=tuple(parameter.shape),
+                    kind=self._parameter_kind(kind, parameter),
+                )
 
     def _is_new_linear(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear | Conv1D) and (
             id(module.weight) not in self._seen
         )
-
-    def _note_positions(self, path: str, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding) and re.search(
-            r"position|wpe", path.rsplit(".", 1)[-1]
-        ):
-            self.learned_positions = True
 
     def _kind(self, path: str, module: nn.Module) -> str:
         if module is self._head:
@@ -292,12 +296,8 @@ def _signatures(stack: nn.ModuleList) -> list[_Signature]:
     """What each layer is made of; attributes that count the layers are left out."""
     owners: dict[int, int] = {}
     found = [_signature(layer, i, owners) for i, layer in enumerate(stack)]
-    keys = dict.fromkeys(key for _, _, attributes in found for key in attributes)
-    counters = {
-        key
-        for key in keys
-        if _counts([attributes.get(key) for *_, attributes in found])
-    }
+    keys = dict.fromkeys(key for *_, attributes in found for key in attributes)
+    counters = {key for key in keys if _counts([a.get(key) for *_, a in found])}
     return [
         (
             modules,

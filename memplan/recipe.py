@@ -123,7 +123,7 @@ class Recipe:
     every_n_layers: int = _key(Integer(1), 1, "Checkpoint every n-th block.")
     offload: bool = _key(Flag(), False, "Whether checkpoints are kept on the host.")
     reentrant: bool = _key(Flag(), False, "Whether checkpointing is re-entrant.")
-    loss: str = _key(Choice(("full", "chunked")), PRESET, "How the loss is computed.")
+    loss: str = _key(Part("losses"), PRESET, "How the loss is computed.")
     attention: str = _key(
         Choice(("auto", "eager", "math", "efficient", "flash", "cudnn")),
         "auto",

@@ -8,9 +8,7 @@ import pytest
 from memplan.architecture import Architecture, Block, Linear, Parameter
 
 WIDE = Linear(path="mlp.up", in_features=4, out_features=6, bias=True, kind="mlp")
-FLAT = Linear(
-    path="q", in_features=4, out_features=4, bias=False, kind="attention"
-)
+FLAT = Linear(path="q", in_features=4, out_features=4, bias=False, kind="attention")
 NORM = Parameter(path="norm.weight", shape=(4,), kind="norm")
 EXPERTS = Parameter(path="experts.up", shape=(8, 4, 6), kind="experts")
 EMBEDDING = Parameter(path="embed.weight", shape=(10, 4), kind="embedding")

@@ -186,6 +186,18 @@ def test_vision_tower_is_a_stack_of_its_own(catalog: dict[str, Architecture]) ->
     assert gemma.generative
 
 
+def test_positions_of_an_image_are_not_those_of_a_text(
+    catalog: dict[str, Architecture],
+) -> None:
+    """Gemma 3's vision tower has a table of 4,096 patches; its text is rotated."""
+    gemma = catalog["google/gemma-3-4b-pt"]
+    tables = [one.path for one in gemma.parameters if "position_embedding" in one.path]
+
+    assert tables == ["model.vision_tower.embeddings.position_embedding.weight"]
+    assert not gemma.learned_positions
+    assert catalog["facebook/opt-125m"].learned_positions
+
+
 @pytest.mark.parametrize(
     ("name", "class_name"),
     [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import os
 from typing import Any
+from unittest import mock
 
 import click
 
@@ -24,6 +28,11 @@ from memplan.gpu import Gpu
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal
+
+_NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+"""Keeps bitsandbytes, which compiles two kernels for the CPU as it is imported, from
+loading torch's compiler (torch._dynamo.eval_frame, `_optimize`). None is called here.
+"""
 
 
 @click.command(cls=RecipeCommand)
@@ -85,12 +94,31 @@ def _run(
     *,
     quiet: bool,
 ) -> Any:
-    with terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told:
+    with (
+        terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told,
+        mock.patch.dict(os.environ, _NO_COMPILER),
+    ):
         told("imports")
-        try:
-            from memplan import simulator
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                "simulate", error.name or "torch", "torch"
-            ) from error
+        simulator = _import_simulator(recipe)
         return simulator.run(architecture, recipe, gpu, settings, told)
+
+
+def _import_simulator(recipe: Recipe) -> Any:
+    """The simulator and its libraries, which the process keeps until it ends.
+
+    So there is no garbage among them to be looked for, while they load or later.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        from memplan import simulator
+
+        if recipe.method != "full":
+            importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("simulate", error.name or "torch", "torch") from error
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
+    return simulator

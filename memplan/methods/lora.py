@@ -54,9 +54,18 @@ def apply_lora(
         **flags,
     )
     adapted: nn.Module = peft.get_peft_model(
-        model, config, autocast_adapter_dtype=recipe.adapter_dtype == "float32"
+        model, config, autocast_adapter_dtype=_is_made_single(recipe)
     )
     return adapted
+
+
+def _is_made_single(recipe: Recipe) -> bool:
+    """Whether PEFT casts adapters to float32.
+
+    Always for SFTTrainer, which casts those of a quantised model again.
+    """
+    by_trl = recipe.trainer == "trl" and recipe.quantization != "none"
+    return by_trl or recipe.adapter_dtype == "float32"
 
 
 PART = Lora()

@@ -72,9 +72,7 @@ class Bitsandbytes(Optimizer):
                 )
             sizes = self.state_bytes(tuple(parameter.shape), 4)
             return {
-                f"state{index}": torch.zeros(
-                    size, dtype=torch.uint8, device=parameter.device
-                )
+                f"state{index}": parameter.new_zeros(size, dtype=torch.uint8)
                 for index, size in enumerate(sizes)
             }
 

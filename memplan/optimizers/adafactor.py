@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 
+RMS_BYTES = 4
+"""The parameter's root mean square, a float32 scalar."""
+
+
 class Adafactor(Optimizer):
     """Adafactor as `Trainer` builds it: no relative step, no first moment."""
 
@@ -21,10 +25,10 @@ class Adafactor(Optimizer):
 
     def state_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> tuple[int, ...]:
         if len(shape) < 2:
-            return (4 * math.prod(shape),)
+            return RMS_BYTES, 4 * math.prod(shape)
         rows = math.prod(shape[:-1])
         columns = math.prod(shape[:-2]) * shape[-1]
-        return 4 * rows, 4 * columns
+        return RMS_BYTES, 4 * rows, 4 * columns
 
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor as Real

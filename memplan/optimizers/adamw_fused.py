@@ -38,7 +38,7 @@ def _state(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     import torch
 
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "step": parameter.new_zeros((), dtype=torch.float32),
         "exp_avg": torch.zeros_like(parameter),
         "exp_avg_sq": torch.zeros_like(parameter),
     }

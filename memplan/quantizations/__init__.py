@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from memplan import registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from memplan.recipe import Recipe
@@ -36,6 +37,21 @@ class Quantization(ABC):
 
         The layer is on the meta device, and so is what comes back.
         """
+
+    @abstractmethod
+    def fill(self, module: nn.Module, values: torch.Tensor) -> None:
+        """Gives what `quantized` made those weights, (o, i), quantised where they are.
+
+        As from_pretrained does when it quantises a checkpoint.
+        """
+
+
+def features_of(linear: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; a Conv1D holds its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    rows, columns = linear.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(linear, Conv1D) else (columns, rows)
 
 
 def find(name: str) -> Quantization:

@@ -6,11 +6,12 @@ Source: bitsandbytes `functional.quantize_4bit` and `nn.modules.Params4bit`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from memplan.quantizations import Quantization
+from memplan.quantizations import Quantization, features_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from memplan.recipe import Recipe
@@ -55,8 +56,8 @@ class FourBits(Quantization):
         import bitsandbytes as bnb
         import torch
 
-        out_features, in_features = linear.weight.shape
-        module = bnb.nn.Linear4bit(
+        in_features, out_features = features_of(linear)
+        module: nn.Module = bnb.nn.Linear4bit(
             in_features,
             out_features,
             bias=linear.bias is not None,
@@ -65,13 +66,25 @@ class FourBits(Quantization):
             quant_type=self.quant_type,
             device="meta",
         )
-        module.weight = self._weight(out_features, in_features, linear.weight.dtype)
-        module.quant_state = module.weight.quant_state
+        weight = self._weight(out_features, in_features, linear.weight.dtype)
+        module.weight, module.quant_state = weight, weight.quant_state
         if linear.bias is not None:
             module.bias = linear.bias
         return module
 
-    def _weight(self, out_features: int, in_features: int, dtype: object) -> object:
+    def fill(self, module: nn.Module, values: torch.Tensor) -> None:
+        import bitsandbytes as bnb
+
+        weight = bnb.nn.Params4bit(
+            values,
+            requires_grad=False,
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.double,
+            quant_type=self.quant_type,
+        ).to(values.device)
+        module.weight, module.quant_state = weight, weight.quant_state
+
+    def _weight(self, out_features: int, in_features: int, dtype: object) -> Any:
         """The packed weight with its state, as `Params4bit._quantize` leaves it."""
         import bitsandbytes as bnb
         import torch
@@ -91,17 +104,19 @@ class FourBits(Quantization):
             bnb_quantized=True,
         )
 
-    def _state(self, shape: object, dtype: object) -> object:
+    def _state(self, shape: tuple[int, ...], dtype: object) -> object:
         import torch
         from bitsandbytes.functional import QuantState
 
-        blocks = math.ceil(math.prod(shape) / BLOCK_SIZE)  # type: ignore[call-overload]
-        floats = {"dtype": torch.float32, "device": "meta"}
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="meta")
+
+        blocks = math.ceil(math.prod(shape) / BLOCK_SIZE)
         nested = None
         if self.double:
             nested = QuantState(
-                absmax=torch.empty(math.ceil(blocks / NESTED_BLOCK_SIZE), **floats),
-                code=torch.empty(256, **floats),
+                absmax=floats(math.ceil(blocks / NESTED_BLOCK_SIZE)),
+                code=floats(256),
                 blocksize=NESTED_BLOCK_SIZE,
                 dtype=torch.float32,
             )
@@ -109,10 +124,10 @@ class FourBits(Quantization):
         return QuantState(
             absmax=torch.empty(blocks, dtype=absmax_dtype, device="meta"),
             shape=shape,
-            code=torch.empty(16, **floats),
+            code=floats(16),
             blocksize=BLOCK_SIZE,
             quant_type=self.quant_type,
             dtype=dtype,
-            offset=torch.empty((), **floats) if self.double else None,
+            offset=floats() if self.double else None,
             state2=nested,
         )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from memplan.quantizations import Quantization
+from memplan.quantizations import Quantization, features_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from memplan.recipe import Recipe
@@ -32,8 +33,8 @@ class Int8(Quantization):
         import bitsandbytes as bnb
         import torch
 
-        out_features, in_features = linear.weight.shape
-        module = bnb.nn.Linear8bitLt(
+        in_features, out_features = features_of(linear)
+        module: nn.Module = bnb.nn.Linear8bitLt(
             in_features,
             out_features,
             bias=linear.bias is not None,
@@ -49,6 +50,15 @@ class Int8(Quantization):
         if linear.bias is not None:
             module.bias = linear.bias
         return module
+
+    def fill(self, module: nn.Module, values: torch.Tensor) -> None:
+        import bitsandbytes as bnb
+
+        # Int8Params.to quantises what comes from the host alone.
+        weight = bnb.nn.Int8Params(
+            values.cpu(), requires_grad=False, has_fp16_weights=False
+        )
+        module.weight = weight.to(values.device)
 
 
 PART = Int8()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from memplan.quantizations import Quantization
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from memplan.recipe import Recipe
@@ -24,6 +25,9 @@ class Unquantized(Quantization):
 
     def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:
         return linear
+
+    def fill(self, module: nn.Module, values: torch.Tensor) -> None:
+        raise NotImplementedError("nothing is quantised")
 
 
 PART = Unquantized()

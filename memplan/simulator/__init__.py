@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -21,9 +22,16 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
 from memplan.simulator.load import Loader
+from memplan.simulator.repetition import (
+    Pattern,
+    expand,
+    find_pattern,
+    multiplicity,
+    shorten,
+)
 from memplan.simulator.replay import LiveBlock, Replay, replay
 from memplan.simulator.reroute import Reroute
-from memplan.simulator.trace import Tracer
+from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import model as training_model
 from memplan.training.attention import repeated_heads
 from memplan.training.step import Loop
@@ -124,8 +132,32 @@ def trace(
     recipe: Recipe,
     gpu: Gpu,
     progress: Callable[[str], None] = lambda label: None,
+    *,
+    whole: bool = False,
 ) -> Trace:
-    """Runs load, adaptation and two steps on meta tensors, logging allocations."""
+    """Runs load, adaptation and two steps on meta tensors, logging allocations.
+
+    Of layers that repeat few are run, unless `whole`; the log is that of the whole model
+    all the same.
+    """
+    pattern = None if whole else find_pattern(architecture, recipe)
+    if pattern is not None:
+        traced = _trace(architecture, recipe, gpu, progress, pattern)
+        if traced is not None:
+            return traced
+    traced = _trace(architecture, recipe, gpu, progress, None)
+    assert traced is not None
+    return traced
+
+
+def _trace(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu,
+    progress: Callable[[str], None],
+    pattern: Pattern | None,
+) -> Trace | None:
+    """The trace; None where layers turn out not to repeat as the pattern says."""
     log = EventLog()
     tracer = Tracer(gpu, log, padded=recipe.padded)
 
@@ -139,6 +171,8 @@ def trace(
         with phase("load"):
             model = training_model.build(architecture, recipe)
             Loader(tracer, recipe).load(model)
+            loaded_modules = list(log.modules)
+            left_out = shorten(model, pattern) if pattern else None
         with (
             Reroute(tracer, recipe).installed(),
             repeated_heads(recipe.attention),
@@ -146,6 +180,7 @@ def trace(
         ):
             with phase("adapt"):
                 adapted = _adapt(model, architecture, recipe, tracer)
+            tracer.name_parameters(adapted)
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
             watched = _labelling_gradients(phase, tracer, adapted)
@@ -153,15 +188,39 @@ def trace(
             for number in range(1, STEPS + 1):
                 loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
             tracer.stop()
-        trained = training_model.trained_parameters(adapted)
+        trained = {
+            name: tuple(parameter.shape)
+            for name, parameter in adapted.named_parameters()
+            if parameter.requires_grad
+        }
+    del left_out
+    log.modules[: len(loaded_modules)] = loaded_modules
+    counts = {name: _num_copies(name, pattern) for name in trained}
+    if pattern is not None:
+        gradients = (len(trained), sum(counts.values()))
+        expanded = expand(log, loaded_modules, pattern, gradients)
+        if expanded is None:
+            return None
+        log = expanded
     optimizer = optimizers.find(recipe.optimizer)
     return Trace(
         log=log,
         total_parameters=architecture.total_parameters,
-        trainable_parameters=sum(parameter.numel() for parameter in trained),
-        paged_bytes=sum(optimizer.paged_bytes(tuple(p.shape)) for p in trained),
+        trainable_parameters=sum(
+            counts[name] * math.prod(shape) for name, shape in trained.items()
+        ),
+        paged_bytes=sum(
+            counts[name] * optimizer.paged_bytes(shape)
+            for name, shape in trained.items()
+        ),
         operators=tracer.operators,
     )
+
+
+def _num_copies(name: str, pattern: Pattern | None) -> int:
+    """How many parameters of the whole model a traced one stands for."""
+    path = name.removeprefix(PEFT_PREFIX)
+    return 1 if pattern is None else multiplicity(pattern, path)
 
 
 def _replay_on_card(
@@ -172,12 +231,12 @@ def _replay_on_card(
     Where the budget does not suffice, the moments are those of a card that is large
     enough, and `failed_moment` is the first that fails on this one.
     """
-    unlimited = replay(log, settings, None)
     if gpu is None:
-        return unlimited, 0
+        return replay(log, settings, None), 0
     limited = replay(log, settings, gpu.budget_bytes)
     if limited.failed_moment is None:
         return limited, 0
+    unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
     enough = max(moment.reserved_bytes for moment in unlimited.moments)
     return unlimited, _smallest_budget(log, settings, gpu, enough) - gpu.budget_bytes

@@ -15,7 +15,17 @@ KERNELS = ("flash", "efficient", "math", "cudnn")
 """torch.nn.attention.SDPBackend's kernels, in their usual order."""
 
 _FLASH_BACKWARD_LIMIT = 192
-"""Largest head whose flash backward fits the shared memory of 8.6, 8.9 and 12.x."""
+"""Largest head whose flash backward fits the shared memory of 8.6 to 8.9 and 12.x."""
+
+_CUDNN_HEAD_LIMIT = 128
+"""Largest head of cuDNN attention in torch 2.13 (`check_cudnn_tensor_shapes`)."""
+
+_CUDNN_LATENT_HEADS = (192, 128)
+"""Query and value heads that cuDNN takes besides on data-centre Blackwell: those of
+multi-head latent attention (pytorch#172621)."""
+
+_CUDNN_DROPOUT_STEPS = 16
+"""cuDNN knows dropout probabilities in steps of 1/16 (`check_cudnn_dropout`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +37,13 @@ class Shapes:
     value: tuple[int, ...]
     dtype: str
     masked: bool
-    dropout: bool
+    causal: bool
+    dropout: float
+    """The probability."""
     grouped: bool
     """Whether key and value have fewer heads than query."""
+    dense_rows: bool = True
+    """Whether the last side of each lies contiguous in memory."""
     trains: bool
 
 
@@ -66,6 +80,10 @@ def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
     head_dim = shapes.query[-1]
     if gpu.compute_capability < (8, 0):
         return f"flash attention needs capability 8.0, {_card(gpu)}"
+    if not shapes.dense_rows:
+        return "flash attention needs heads that lie contiguous in memory"
+    if shapes.causal and shapes.query[-2] != shapes.key[-2]:
+        return "causal flash attention needs as many keys as queries"
     if shapes.dtype not in ("float16", "bfloat16"):
         return f"flash attention takes half precision, the query is {shapes.dtype}"
     if shapes.masked:
@@ -74,13 +92,16 @@ def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
         return f"flash attention needs equal heads, not {head_dim} and {shapes.value[-1]}"
     if head_dim > 256:
         return f"flash attention takes heads up to 256, not {head_dim}"
-    small_memory = gpu.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1))
-    too_large = head_dim > 224 and shapes.dropout
-    if small_memory and shapes.trains and (
-        _FLASH_BACKWARD_LIMIT < head_dim <= 224 or too_large
+    too_large = head_dim <= 224 or shapes.dropout > 0
+    if _has_small_memory(gpu) and shapes.trains and (
+        head_dim > _FLASH_BACKWARD_LIMIT and too_large
     ):
-        return f"the flash backward of heads of {head_dim} does not fit {_card(gpu)}"
+        return f"the flash backward of heads of {head_dim} does not fit, {_card(gpu)}"
     return ""
+
+
+def _has_small_memory(gpu: Gpu) -> bool:
+    return (8, 6) <= gpu.compute_capability <= (8, 9) or gpu.compute_capability[0] == 12
 
 
 def _efficient_obstacle(shapes: Shapes, gpu: Gpu) -> str:
@@ -88,6 +109,8 @@ def _efficient_obstacle(shapes: Shapes, gpu: Gpu) -> str:
         return f"memory-efficient attention in bfloat16 needs 8.0, {_card(gpu)}"
     if shapes.grouped:
         return "memory-efficient attention takes no grouped heads"
+    if not shapes.dense_rows:
+        return "memory-efficient attention needs heads that lie contiguous in memory"
     multiple = _efficient_alignment(shapes, gpu)
     for head_dim in (shapes.query[-1], shapes.value[-1]):
         if head_dim % multiple:
@@ -96,9 +119,15 @@ def _efficient_obstacle(shapes: Shapes, gpu: Gpu) -> str:
 
 
 def _efficient_alignment(shapes: Shapes, gpu: Gpu) -> int:
-    if shapes.dtype in ("float16", "bfloat16"):
-        return 8 if gpu.compute_capability >= (7, 5) else 4
-    return 4 if gpu.compute_capability >= (8, 0) else 1
+    """16 bytes where tensor cores multiply: half precision from 7.0, all from 8.0.
+
+    Source: `minimum_gemm_alignment`.
+    """
+    half = shapes.dtype in ("float16", "bfloat16")
+    major = gpu.compute_capability[0]
+    if major >= 8:
+        return 8 if half else 4
+    return 8 if half and major == 7 else 1
 
 
 def _cudnn_obstacle(shapes: Shapes, gpu: Gpu) -> str:
@@ -106,8 +135,20 @@ def _cudnn_obstacle(shapes: Shapes, gpu: Gpu) -> str:
         return f"cuDNN attention needs capability 8.0, {_card(gpu)}"
     if shapes.dtype not in ("float16", "bfloat16"):
         return f"cuDNN attention takes half precision, the query is {shapes.dtype}"
-    for head_dim in (shapes.query[-1], shapes.value[-1]):
-        if head_dim > 128 or head_dim % 8:
+    if not shapes.dense_rows:
+        return "cuDNN attention needs heads that lie contiguous in memory"
+    if (shapes.dropout * _CUDNN_DROPOUT_STEPS) % 1:
+        return f"cuDNN attention takes dropout in sixteenths, not {shapes.dropout:g}"
+    if shapes.key[-2] == 1:
+        return "cuDNN attention takes no single key"
+    return _cudnn_head_obstacle((shapes.query[-1], shapes.value[-1]), gpu)
+
+
+def _cudnn_head_obstacle(heads: tuple[int, int], gpu: Gpu) -> str:
+    if heads == _CUDNN_LATENT_HEADS and gpu.compute_capability[0] == 10:
+        return ""
+    for head_dim in heads:
+        if head_dim > _CUDNN_HEAD_LIMIT or head_dim % 8:
             return f"cuDNN attention takes heads up to 128 in eights, not {head_dim}"
     return ""
 

@@ -1,8 +1,8 @@
 """Meta kernels with a memory: an operator that ran on such shapes need not run again.
 
-Most meta kernels are Python decompositions that take a hundred microseconds, and a model
-asks the same of them in every layer. What decides their result are shapes, strides,
-precisions and plain arguments alone.
+Most meta kernels are Python decompositions that take a hundred microseconds, and a
+model asks the same of them in every layer. What decides their result are shapes,
+strides, precisions and plain arguments alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ _KEEPING_SHAPE = frozenset(
 )
 """In-place operators that change nothing but values."""
 
+_OF_LISTS = "aten::_foreach_"
+"""Begins the names of operators over lists; those that end with `_` work in place."""
+
 _MISSING = object()
 
 
@@ -54,9 +57,9 @@ class MetaKernels:
             fresh = self._fresh[func]
         except KeyError:
             fresh = self._fresh[func] = _returns_fresh_tensors(func)
-            self._in_place[func] = func.name().partition(".")[0] in _KEEPING_SHAPE
-        if self._in_place[func] and args[0].device.type == "meta":
-            return args[0]
+            self._in_place[func] = _changes_values_only(func)
+        if self._in_place[func] and _is_meta(args[0]):
+            return args[0] if func._schema.returns else None
         if not fresh:
             return func(*args, **kwargs)
         try:
@@ -73,8 +76,21 @@ class MetaKernels:
         return result
 
 
+def _changes_values_only(func: Any) -> bool:
+    """Whether an operator works in place, on tensors or lists, and keeps shapes."""
+    name = func.name().partition(".")[0]
+    of_lists = name.startswith(_OF_LISTS) and name.endswith("_")
+    return name in _KEEPING_SHAPE or (of_lists and not func._schema.returns)
+
+
+def _is_meta(changed: Any) -> bool:
+    """Whether a tensor, or a list of them, which is on one device, is a meta tensor."""
+    tensor = changed[0] if isinstance(changed, list) else changed
+    return bool(tensor.device.type == "meta")
+
+
 def _returns_fresh_tensors(func: Any) -> bool:
-    """Whether all that an operator returns is new, and it changes nothing it is given."""
+    """Whether an operator returns new tensors, and changes nothing it is given."""
     schema = func._schema
     if func.name().partition(".")[0] in _ALIASING_IN_FACT:
         return False

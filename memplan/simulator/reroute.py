@@ -7,9 +7,12 @@ these functions works above autograd, so that it has the gradients of what CUDA 
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -94,6 +97,17 @@ class Reroute:
         with ExitStack() as stack:
             for target, replacement in _WITHOUT_CUDA.items():
                 stack.enter_context(mock.patch(target, replacement))
+            for module in _askers(_MAYBE_AUTOCAST):
+                stack.enter_context(
+                    mock.patch.object(module, _MAYBE_AUTOCAST, _maybe_autocast)
+                )
+            stack.enter_context(
+                mock.patch(
+                    "transformers.integrations.moe._can_use_grouped_mm",
+                    lambda *args: self._tracer.gpu.compute_capability
+                    >= _GROUPED_PRODUCT_CAPABILITY,
+                )
+            )
             stack.enter_context(
                 mock.patch("torch.clear_autocast_cache", self._casts.clear)
             )
@@ -182,8 +196,10 @@ class Reroute:
             value=tuple(value.shape),
             dtype=str(query.dtype).removeprefix("torch."),
             masked=attn_mask is not None,
-            dropout=dropout_p > 0,
+            causal=is_causal,
+            dropout=dropout_p,
             grouped=enable_gqa and query.shape[1] != key.shape[1],
+            dense_rows=all(t.stride(-1) == 1 for t in (query, key, value)),
             trains=query.requires_grad or key.requires_grad or value.requires_grad,
         )
         kernel = kernels.choose(self._attention, shapes, self._tracer.gpu)
@@ -201,17 +217,85 @@ class Reroute:
                 query, key, value, attn_mask, shapes.trains, dropout_p, is_causal,
                 scale=scale,
             )[0]
+        math = _math_with_dropout if dropout_p > 0 else _math
         self._tracer.sums_in_place = True
         try:
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, None,
-                scale=scale, enable_gqa=enable_gqa,
-            )[0]
+            return math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
         finally:
             self._tracer.sums_in_place = False
 
 
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """torch.autocast, for the card where the tensors asked are meta tensors."""
+    device = "cuda" if device_type == "meta" else device_type
+    return torch.amp.autocast(device, *args, **kwargs)
+
+
+def _maybe_autocast(
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    enabled: bool = True,
+    cache_enabled: bool | None = None,
+) -> Any:
+    """transformers' autocast, which switches nothing for meta tensors."""
+    if torch.is_autocast_enabled("cuda") or enabled:
+        return torch.amp.autocast("cuda", dtype, enabled, cache_enabled)
+    return nullcontext()
+
+
+FLOAT_BYTES = 4
+
+_MAYBE_AUTOCAST = "maybe_autocast"
+
+_GROUPED_PRODUCT_CAPABILITY = (8, 0)
+"""The smallest with torch's grouped product; below it transformers loops over experts
+(transformers.integrations.moe, `_can_use_grouped_mm`)."""
+
+
+def _askers(name: str) -> list[ModuleType]:
+    """The modules of transformers that have imported a function of that name."""
+    return [
+        module
+        for path, module in list(sys.modules.items())
+        if path.startswith("transformers.") and name in vars(module)
+    ]
+
+
+class _KeptOnHost(torch.autograd.graph.saved_tensors_hooks):
+    """Saved tensors that leave the card, and come back as copies (save_on_cpu)."""
+
+    def __init__(self, pin_memory: bool = False, device_type: str = "cuda") -> None:
+        super().__init__(
+            lambda tensor: (tensor.shape, tensor.dtype, tensor.device),
+            lambda kept: torch.empty(kept[0], dtype=kept[1], device=kept[2]),
+        )
+
+
+def _copy_of_4bit_weight(weight: Any, memo: Any) -> Any:
+    """A copy of the state, then of the codes (bitsandbytes, Params4bit.__deepcopy__).
+
+    The original makes an empty tensor of the host first, which cannot become a meta one.
+    """
+    state = copy.deepcopy(weight.quant_state, memo)
+    return type(weight)(
+        weight.detach().clone(),
+        requires_grad=weight.requires_grad,
+        quant_state=state,
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+        bnb_quantized=weight.bnb_quantized,
+        module=weight.module,
+    )
+
+
 _WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
+    "bitsandbytes.nn.Params4bit.__deepcopy__": _copy_of_4bit_weight,
+    "transformers.modeling_utils.save_on_cpu": _KeptOnHost,
+    "torch.autocast": _autocast,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
     "torch.nn.utils.clip_grad._device_has_foreach_support": lambda device: True,
@@ -350,6 +434,64 @@ def _with_float32_result(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return args, kwargs | {"dtype": torch.float32}
 
 
+def _math(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout_p, is_causal, None,
+        scale=scale, enable_gqa=enable_gqa,
+    )[0]
+    return out
+
+
+def _math_with_dropout(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """`_scaled_dot_product_attention_math`, whose dropout asks for a CUDA tensor.
+
+    Names keep alive what the original's locals do.
+    """
+    matmul = torch.ops.aten.matmul
+    dtype = query.dtype
+    q, k, v = (
+        t.float() if t.element_size() < FLOAT_BYTES else t for t in (query, key, value)
+    )
+    factor = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    scaled = q * factor
+    if is_causal:
+        shown = torch.ones(
+            (q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device
+        ).tril()
+        mask = _additive(shown, q.dtype)
+        del shown
+    if enable_gqa:
+        groups = q.shape[-3] // k.shape[-3]
+        k, v = k.repeat_interleave(groups, -3), v.repeat_interleave(groups, -3)
+    scores = matmul(scaled, k.transpose(-2, -1) * factor)
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.ops.aten._safe_softmax(scores, -1)
+    kept = torch.ops.aten.native_dropout(weights, dropout_p, True)[0]
+    second_result = kept.to(dtype)
+    out: torch.Tensor = matmul(kept, v).to(dtype)
+    del second_result
+    return out
+
+
 def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -380,13 +522,19 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _aligned(
     mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor | None:
-    """The mask over all heads, its last side padded to 16 (preprocess_mask)."""
+    """The mask over all heads, its rows padded where they do not begin at 16 bytes.
+
+    Padded before it is expanded, by up to a whole step (`preprocess_mask`, `pad_bias`).
+    """
     if mask is None:
         return None
-    length = key.shape[-2]
-    expanded = mask.expand(query.shape[0], query.shape[1], query.shape[-2], length)
-    missing = -length % 16
-    if not missing:
-        return expanded
-    return F.pad(expanded, (0, missing))[..., :length]
+    length = mask.shape[-1]
+    strides = mask.stride()
+    if strides[-1] != 1 or any(stride % _MASK_STEP for stride in strides[:-1]):
+        padded = F.pad(mask, (0, _MASK_STEP - length % _MASK_STEP))
+        mask = padded[..., :length]
+    return mask.expand(*query.shape[:-1], key.shape[-2])
 
+
+_MASK_STEP = 8
+"""`mem_eff_alignment` of aten/src/ATen/native/transformers/attention.cpp."""

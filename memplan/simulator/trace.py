@@ -62,6 +62,8 @@ class Tracer(TorchDispatchMode):
         self._padded = padded
         self._live: dict[int, _Storage] = {}
         self._rules: dict[Any, Callable[[Call], None] | None] = {}
+        self._sources: dict[int, int] = {}
+        """By block without a module: the block that it was made from."""
         self._workspaces: set[tuple[str, bool]] = set()
         self._sum: tuple[int, _Storage, int] | None = None
         self._modules = _ModuleTracker()
@@ -108,6 +110,16 @@ class Tracer(TorchDispatchMode):
         if storage is not None and storage.block != _NO_BLOCK:
             self.log.categories[storage.block] = category
 
+    def name_parameters(self, model: nn.Module) -> None:
+        """Says which module parameters belong to, and what they were cast from."""
+        for name, parameter in model.named_parameters():
+            storage = self._live.get(parameter.untyped_storage()._cdata)
+            path = name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
+            block = storage.block if storage is not None else None
+            while block is not None and block != _NO_BLOCK:
+                self.log.modules[block] = path
+                block = self._sources.pop(block, None)
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -131,7 +143,7 @@ class Tracer(TorchDispatchMode):
 
     def record(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Logs the storages that are first seen in an operator's result."""
-        for tensor in _tensors(result):
+        for index, tensor in enumerate(_tensors(result)):
             if tensor.device.type != "meta":
                 continue
             storage = tensor.untyped_storage()
@@ -139,6 +151,8 @@ class Tracer(TorchDispatchMode):
                 continue
             block = self._allocate(storage.nbytes(), func, tensor)
             self._watch(storage, block)
+            if not self.log.modules[block]:
+                self._inherit_module(block, args, result, index)
             if func is torch.ops.aten.add.Tensor and (
                 self.sums_in_place or self._is_engines()
             ):
@@ -163,6 +177,23 @@ class Tracer(TorchDispatchMode):
         return self.log.allocate(
             num_bytes, str(func), self._modules.path(), "logits" if is_logits else ""
         )
+
+    def _inherit_module(
+        self, block: int, args: tuple[Any, ...], result: Any, index: int
+    ) -> None:
+        """Outside of modules, a tensor belongs to the module of what it is made from."""
+        source = args[0] if args else None
+        if isinstance(source, list | tuple):
+            each = isinstance(result, list | tuple) and len(result) == len(source)
+            source = source[index] if each else None
+        if not isinstance(source, torch.Tensor):
+            return
+        held = self._live.get(source.untyped_storage()._cdata)
+        if held is None or held.block == _NO_BLOCK:
+            return
+        self.log.modules[block] = self.log.modules[held.block]
+        if not self.log.modules[block]:
+            self._sources[block] = held.block
 
     def _watch(self, storage: torch.UntypedStorage, block: int) -> None:
         key = storage._cdata

@@ -1,9 +1,4 @@
-"""How a loop gets from a batch to its loss: the model's outputs and the loss.
-
-`full` is the model's own loss over all logits. `chunked` is TRL's head, which never
-holds the logits: it multiplies tiles of hidden states and vocabulary in one buffer, and
-does so again in backward (trl.trainer.utils.add_fused_lm_head).
-"""
+"""How a loop gets from a batch to its loss: the model's outputs and the loss."""
 
 from __future__ import annotations
 
@@ -12,41 +7,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.errors import InputError
+from memplan import losses
 from memplan.recipe import Recipe
-
-TRL_METRICS = ("log_probs", "entropy", "is_top1")
-"""What SFTTrainer has the fused head compute for every token."""
 
 
 def prepare_loss(model: nn.Module, recipe: Recipe) -> None:
     """Gives a model, before it is adapted, the head that the recipe's loss needs."""
-    if recipe.loss != "chunked":
-        return
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-    except ImportError as error:
-        raise InputError(
-            "loss",
-            recipe.loss,
-            "needs TRL 1.16 or later",
-            "install it with: pip install -U trl; or use loss full",
-        ) from error
-    add_fused_lm_head(model, outputs=TRL_METRICS)  # type: ignore[arg-type]
+    losses.find(recipe.loss).prepare(model)
 
 
-def compute_loss(
+def run_forward(
     model: nn.Module, batch: dict[str, torch.Tensor], recipe: Recipe
-) -> tuple[Any, torch.Tensor]:
-    """The model's outputs, and the loss, a scalar with its graph."""
-    if recipe.loss == "chunked":
-        outputs = model(**batch, fused_lm_head=True)
-        losses = -outputs.log_probs
-        return outputs, losses.sum() / outputs.label_mask.sum()
-    outputs = model(**batch)
-    if recipe.trainer == "transformers" and recipe.autocast != "none":
+) -> Any:
+    """The model's outputs for a batch with labels; runs under the loop's autocast."""
+    return losses.find(recipe.loss).run(model, batch)
+
+
+def read_loss(outputs: Any, recipe: Recipe) -> tuple[Any, torch.Tensor]:
+    """The outputs as the loop gets them, and the loss, a scalar with its graph.
+
+    Accelerate, under both trainers, hands outputs on in float32 once autocast is over
+    (Accelerator.prepare_model).
+    """
+    if recipe.trainer != "plain" and recipe.autocast != "none":
         outputs = _to_float32(outputs)
-    return outputs, outputs["loss"]
+    return outputs, losses.find(recipe.loss).read(outputs)
 
 
 def _to_float32(outputs: Any) -> Any:

@@ -7,11 +7,15 @@ are missing where the model is built on the meta device.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from memplan import methods, quantizations
 from memplan.architecture import Architecture
@@ -24,6 +28,9 @@ from memplan.training.loss import prepare_loss
 EAGER = "eager"
 SDPA = "sdpa"
 
+_FUSED_ROUTER = "gate.weight"
+"""PEFT's name of the router's weight where it stands for a linear layer."""
+
 
 def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
     """The model on the meta device, its linear layers stored as the recipe says."""
@@ -32,12 +39,11 @@ def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
     )
     config = build_config(source)
     config.use_cache = False
-    model = build_meta_model(
-        architecture.name,
-        config,
-        dtype=getattr(torch, recipe.dtype),
-        attn_implementation=EAGER if recipe.attention == EAGER else SDPA,
+    dtype = getattr(torch, recipe.dtype)
+    model: nn.Module = build_meta_model(
+        architecture.name, config, dtype=dtype, **_attention(architecture, recipe)
     )
+    _keep_in_float32(model, dtype)
     quantize(model, recipe)
     prepare_loss(model, recipe)
     return model.train()
@@ -52,9 +58,9 @@ def quantize(model: nn.Module, recipe: Recipe) -> None:
     if scheme.loading_flag is None:
         return
     for path, linear in list(_quantizable(model, recipe)):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, scheme.quantized(linear, recipe))
-    model.requires_grad_(False)
+        quantized = scheme.quantized(linear, recipe)
+        quantized.source_cls = type(linear)  # type: ignore[assignment]
+        model.set_submodule(path, quantized)
     setattr(model, scheme.loading_flag, True)
     model.is_quantized = True  # type: ignore[assignment]
 
@@ -81,7 +87,13 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
 def adapt(model: nn.Module, architecture: Architecture, recipe: Recipe) -> nn.Module:
     """The model with the recipe's method installed."""
     method = methods.find(recipe.method)
-    adapted = method.apply(model, recipe, target_modules(architecture, recipe))
+    targets = target_modules(architecture, recipe)
+    fused = dict(_fused_linears(architecture))
+    if isinstance(recipe.targets, str):
+        targets = _wrappable(model, targets, fused)
+    if recipe.method != "full":
+        _check_fused(recipe, targets, fused)
+    adapted = method.apply(model, recipe, targets)
     if recipe.method != "full":
         _cast_adapters(adapted, recipe)
         _check_patterns(adapted, recipe)
@@ -99,12 +111,15 @@ def target_modules(architecture: Architecture, recipe: Recipe) -> tuple[str, ...
         for linear in block.linears
     ]
     paths += [(linear.path, linear.kind) for linear in architecture.linears]
+    fused = _fused_linears(architecture)
+    paths += fused
     if recipe.targets == "all-linear":
         return _ends(path for path, kind in paths if kind != "head")
     if isinstance(recipe.targets, str):
         return _ends(path for path, kind in paths if kind == recipe.targets)
+    known = [path for path, _ in (*architecture.all_linears(), *fused)]
     for name in recipe.targets:
-        if not any(f".{path}".endswith(f".{name}") for path, _ in paths):
+        if not any(f".{path}".endswith(f".{name}") for path in known):
             _refuse_target(name, architecture)
     return tuple(recipe.targets)
 
@@ -135,13 +150,109 @@ def _checkpoint(model: Any, recipe: Recipe, kwargs: dict[str, Any]) -> None:
     model.gradient_checkpointing_enable(kwargs)
 
 
-def _quantizable(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
-    kept = set(recipe.unquantized_modules)
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def _attention(architecture: Architecture, recipe: Recipe) -> dict[str, Any]:
+    """The argument that asks for an attention; none where the model's own is taken.
+
+    That is SDPA, or eager where the class has no SDPA or the configuration says so.
+    """
+    if recipe.attention == "auto":
+        return {}
+    if recipe.attention == EAGER:
+        return {"attn_implementation": EAGER}
+    model_class = getattr(transformers, architecture.class_name, None)
+    if model_class is not None and not model_class._supports_sdpa:
+        raise InputError(
+            "attention",
+            recipe.attention,
+            f"cannot run: {architecture.class_name} has eager attention alone",
+            "use attention auto or eager",
+        )
+    return {"attn_implementation": SDPA}
+
+
+def _keep_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what the family keeps in single precision, as from_pretrained loads it."""
+    patterns = "|".join(model._get_dtype_plan(dtype))  # type: ignore[operator]
+    if not patterns:
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if re.search(patterns, name):
+            tensor.data = tensor.data.to(torch.float32)
+
+
+def _fused_linears(architecture: Architecture) -> list[tuple[str, str]]:
+    """Names and kinds of linear layers that are a part of fused experts.
+
+    PEFT still takes these names, and adapts the stacked parameters in their place
+    (peft.utils.transformers_weight_conversion, PEFT >= 0.19).
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return []
+    family = conversion._MODEL_TO_CONVERSION_PATTERN.get(architecture.model_type)
+    names = conversion._MOE_TARGET_MODULE_MAPPING.get(family, {})
+    return [
+        (name, "router" if fused == _FUSED_ROUTER else "mlp")
+        for name, fused in names.items()
+    ]
+
+
+def _check_fused(
+    recipe: Recipe, targets: tuple[str, ...], fused: Mapping[str, str]
+) -> None:
+    """Raises InputError for what PEFT cannot do to stacked parameters.
+
+    Source: peft.tuners.lora.layer.ParamWrapper.
+    """
+    if not any(f".{target}".endswith(f".{name}") for target in targets for name in fused):
+        return
+    problem = "cannot be used on fused experts: PEFT adapts them by parameter"
+    remedy = "use targets attention, or name the layers"
+    if recipe.dropout > 0:
+        raise InputError("dropout", recipe.dropout, problem, f"use 0, or {remedy}")
+    if recipe.method == "dora":
+        raise InputError("method", recipe.method, problem, f"use lora, or {remedy}")
+
+
+def _wrappable(
+    model: nn.Module, targets: tuple[str, ...], fused: Container[str]
+) -> tuple[str, ...]:
+    """The targets without what PEFT cannot wrap.
+
+    A router that is a linear layer but returns several tensors is left out (Llama 4).
+    An end that is also that of another kind of module is replaced by whole paths
+    (Gemma 4: its vision tower wraps linear layers under the names of the decoder's).
+    """
+    modules = dict(model.named_modules())
+    kept: list[str] = []
+    for target in targets:
+        paths = [path for path in modules if f".{path}".endswith(f".{target}")]
+        linears = [path for path in paths if _is_plain_linear(modules[path])]
+        whole = target in fused or len(linears) == len(paths)
+        kept += [target] if whole else linears
+    return tuple(kept)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Linear | Conv1D)
+        and "router" not in type(module).__name__.lower()
+    )
+
+
+def _quantizable(model: Any, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that transformers' quantiser would take, with their paths.
+
+    It skips what `llm_int8_skip_modules` names; the head, and what is tied to it, where
+    nothing is named (transformers.quantizers.base, `get_modules_to_not_convert`).
+    """
+    skipped = [*recipe.unquantized_modules, *(model._keep_in_fp32_modules or ())]
+    if "lm_head" in recipe.unquantized_modules:
+        skipped += get_keys_to_not_convert(model)
     for path, module in model.named_modules():
-        is_head = module is head and "lm_head" in kept
-        named = any(f".{path}.".find(f".{name}.") >= 0 for name in kept)
-        if type(module) is nn.Linear and not (is_head or named):
+        taken = type(module) is nn.Linear or isinstance(module, Conv1D)
+        if taken and should_convert_module(path, skipped):
             yield path, module
 
 
@@ -149,13 +260,14 @@ def _cast_adapters(model: nn.Module, recipe: Recipe) -> None:
     """Gives adapters the recipe's precision where PEFT's own casts do not.
 
     PEFT makes half-precision adapters single (`cast_adapter_dtype`) or leaves them in
-    the base's precision; TRL casts those of a quantised model afterwards, magnitudes
-    excepted (SFTTrainer.__init__).
+    the base's precision, in which modules that are trained whole stay. TRL casts all
+    that is trained beside a quantised model, magnitudes excepted (SFTTrainer.__init__).
     """
     dtype = getattr(torch, recipe.adapter_dtype)
+    by_trl = recipe.trainer == "trl" and recipe.quantization != "none"
+    kept = "lora_magnitude_vector" if by_trl else ".modules_to_save."
     for name, parameter in model.named_parameters():
-        kept = "lora_magnitude_vector" in name and recipe.trainer == "trl"
-        if parameter.requires_grad and parameter.dtype != dtype and not kept:
+        if parameter.requires_grad and parameter.dtype != dtype and kept not in name:
             parameter.data = parameter.data.to(dtype)
     if not recipe.input_casts:
         from peft.tuners.tuners_utils import BaseTunerLayer

@@ -7,6 +7,7 @@ ones, where they are measured.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from memplan import optimizers
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
-from memplan.training.loss import compute_loss
+from memplan.training.loss import read_loss, run_forward
 from memplan.training.model import trained_parameters
 
 
@@ -37,15 +38,17 @@ class Loop:
         self._phase = phase
         self._parameters = trained_parameters(model)
         self._device = self._parameters[0].device
-        self._optimizer: Any = None
         self._outputs: Any = None
         """The model's output, where the loop holds it from one step to the next."""
 
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the trained parameters, without state until a step ran."""
+        return optimizers.find(self._recipe.optimizer).build(self._parameters)
+
     def run_step(self, number: int, micro_batches: int) -> None:
         """One optimizer step over so many micro-batches."""
-        if self._optimizer is None:
-            scheme = optimizers.find(self._recipe.optimizer)
-            self._optimizer = scheme.build(self._parameters)
+        optimizer = self.optimizer
         for _ in range(micro_batches):
             self._run_micro_batch(number, micro_batches)
         if self._recipe.max_grad_norm is not None:
@@ -54,8 +57,8 @@ class Loop:
                     self._parameters, self._recipe.max_grad_norm
                 )
         with self._phase(f"{number}.optimizer"):
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self._recipe.keep_outputs == "backward":
             self._outputs = None
 
@@ -66,7 +69,8 @@ class Loop:
         with self._phase(f"{number}.forward"):
             batch = make_batch(self._recipe, self._vocab_size, self._device)
             with self._autocast():
-                outputs, loss = compute_loss(self._model, batch, self._recipe)
+                outputs = run_forward(self._model, batch, self._recipe)
+            outputs, loss = read_loss(outputs, self._recipe)
             if micro_batches > 1:
                 loss = loss / micro_batches
             self._outputs = None if keep == "none" else outputs

@@ -13,8 +13,50 @@ from typing import NamedTuple
 import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
+from memplan.simulator.operators.hardware import multiprocessors
 
 FLOAT_BYTES = 4
+
+
+@rule("aten::_scaled_dot_product_flash_attention")
+def flash(call: Call) -> None:
+    """The outputs, then float32 parts where keys are split to fill the card."""
+    q, k = call.args[:2]
+    call.outputs()
+    if call.argument(3, "dropout_p", 0.0) > 0:
+        return
+    splits = flash_splits(q.shape, k.shape[2], multiprocessors(call.gpu))
+    if splits > 1:
+        batch, heads, rows, head_dim = q.shape
+        sums = FLOAT_BYTES * splits * batch * heads * rows
+        call.temporary(sums)
+        call.temporary(sums * _rounded_head(head_dim))
+
+
+def flash_splits(
+    query: tuple[int, ...], num_keys: int, num_multiprocessors: int
+) -> int:
+    """Splits of the keys (flash_api.cpp, `num_splits_heuristic`).
+
+    The fewest that keep within 85 % of the best share of the card at work.
+    """
+    batch, heads, rows, head_dim = query
+    tiles = batch * heads * math.ceil(rows / 64)
+    slots = 2 * num_multiprocessors
+    if tiles >= 0.8 * slots:
+        return 1
+    width = 256 if head_dim <= 64 else 128 if head_dim <= 128 else 64
+    blocks = math.ceil(num_keys / width)
+    shares = {}
+    for splits in range(1, min(128, slots, blocks) + 1):
+        same = splits > 1 and math.ceil(blocks / splits) == math.ceil(
+            blocks / (splits - 1)
+        )
+        if not same:
+            waves = tiles * splits / slots
+            shares[splits] = waves / math.ceil(waves)
+    best = max(shares.values())
+    return next(splits for splits, share in shares.items() if share >= 0.85 * best)
 
 
 @rule("aten::_scaled_dot_product_flash_attention_backward")
@@ -31,7 +73,7 @@ def flash_backward(call: Call) -> None:
             call.temporary(tensor_bytes(tensor))
     call.outputs()
     rounded_rows = _round_up(rows, 128)
-    rounded_dim = _round_up(head_dim, 32 if head_dim <= 128 else 64)
+    rounded_dim = _rounded_head(head_dim)
     call.temporary(FLOAT_BYTES * batch * heads * rounded_rows)
     call.temporary(FLOAT_BYTES * batch * rounded_rows * heads * rounded_dim)
     if k.shape[1] != heads:
@@ -133,6 +175,11 @@ def _tile(itemsize: int, head_dim: int, capability: tuple[int, int]) -> _Tile:
     if head_dim <= 96 and capability in ((8, 6), (8, 9)):
         return _Tile(128, 64, False)
     return _Tile(64, 64, True)
+
+
+def _rounded_head(head_dim: int) -> int:
+    """The head size that flash kernels work on."""
+    return _round_up(head_dim, 32 if head_dim <= 128 else 64)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
-from memplan.simulator.operators.hardware import cublas_workspace_bytes
+from memplan.simulator.operators.hardware import (
+    cublas_workspace_bytes,
+    multiprocessors,
+)
 
 CUBLASLT_WORKSPACE_BYTES = 1024 * 1024
 """`_parseChosenWorkspaceSize`: CUBLASLT_WORKSPACE_SIZE's default, 1024 KiB."""
@@ -49,8 +52,60 @@ def product_and_sum(call: Call) -> None:
 
 @rule("aten::_grouped_mm")
 def grouped_product(call: Call) -> None:
-    """Experts' products in one CUTLASS kernel, which needs no cuBLAS workspace."""
+    """Experts' products in one kernel, or in a loop of products without copies.
+
+    Source: aten/src/ATen/native/cuda/GroupedBlas.cpp, `_grouped_mm_cuda`, and
+    GroupMM.cu. Bfloat16 on 9.0 and 10.0 takes one CUTLASS kernel, for which two blocks
+    hold pointers, strides and sizes by group, and descriptors by multiprocessor.
+    """
+    first, second = call.args[:2]
+    call.give(_grouped_output(first, second, call.argument(2, "offs")))
+    bfloat16 = first.dtype == second.dtype == torch.bfloat16
+    if not bfloat16 or call.gpu.compute_capability not in _GROUPED_KERNEL_CAPABILITIES:
+        call.workspace(cublas_workspace_bytes(call.gpu))
+        return
+    groups = second.shape[0] if second.dim() == 3 else call.argument(2, "offs").numel()
+    pointers = 3 * 8 * (groups + groups % 2)
+    call.temporary(pointers + 3 * 4 * groups + 3 * 8 * groups)
+    call.temporary(_DESCRIPTORS * _DESCRIPTOR_BYTES * multiprocessors(call.gpu))
+
+
+@rule("transformers::grouped_mm_fallback", "transformers::grouped_mm_fallback_backward")
+def grouped_product_in_a_loop(call: Call) -> None:
+    """Outputs of zeros that a loop of products writes into, frozen weights' too.
+
+    Source: transformers.integrations.moe, `_grouped_mm_fallback` and its backward.
+    """
     call.outputs()
+    call.workspace(cublas_workspace_bytes(call.gpu))
+
+
+_GROUPED_KERNEL_CAPABILITIES = ((9, 0), (10, 0))
+
+_DESCRIPTOR_BYTES = 128
+"""A TMA descriptor."""
+
+_DESCRIPTORS = 4
+"""Of A, B, C and D, for each multiprocessor (CUTLASS, `get_workspace_size`)."""
+
+
+def _grouped_output(
+    first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None
+) -> torch.Tensor:
+    """The output with rows of 16 bytes (`create_grouped_gemm_output_tensor`)."""
+    columns = second.shape[-1]
+    step = 16 // first.element_size()
+    padded = -(-columns // step) * step
+    rows = first.shape[-2]
+    if (first.dim() == 2) != (second.dim() == 2):
+        shape: tuple[int, ...] = (rows, columns)
+        strides: tuple[int, ...] = (padded, 1)
+    else:
+        groups = first.shape[0] if offsets is None else offsets.numel()
+        shape, strides = (groups, rows, columns), (rows * padded, padded, 1)
+    return torch.empty_strided(
+        shape, strides, dtype=first.dtype, device=first.device
+    )
 
 
 def is_readable(matrix: torch.Tensor) -> bool:

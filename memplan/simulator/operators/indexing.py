@@ -1,26 +1,136 @@
-"""The gradient of advanced indexing: rows are added at sorted positions.
+"""Indexing, sorting and scanning.
 
-Source: aten/src/ATen/native/cuda/Indexing.cu, `index_put_with_sort_kernel`.
+Sources, in aten/src/ATen/native/cuda: Indexing.cu (`index_put_with_sort_kernel`),
+Sort.cpp and SortStable.cu, ScanKernels.cpp, IndexKernel.cpp (`masked_scatter__cuda`);
+aten/src/ATen/native/TensorAdvancedIndexing.cpp (`make_info`).
 """
 
 from __future__ import annotations
 
-from memplan.simulator.operators import Call, rule
+import torch
+
+from memplan.simulator.operators import Call, rule, tensor_bytes
+
+INDEX_BYTES = 8
+"""An index, and a position that a sort carries along."""
+
+LARGEST_SMALL_SORT = 4096
+"""Side up to which a sort runs in place (`should_use_small_sort`)."""
+
+FEWEST_SEGMENTS = 128
+"""Rows from which each is sorted for itself, with no copies beside the positions."""
+
+
+@rule("aten::index")
+def index(call: Call) -> None:
+    """Copies of indices that do not lie alike once they are expanded; the output."""
+    indices = [index for index in call.args[1] if index is not None]
+    if len(indices) > 1:
+        expanded = torch.broadcast_tensors(*indices)
+        if len({index.stride() for index in expanded}) > 1:
+            for one in expanded:
+                if not one.is_contiguous():
+                    call.temporary(INDEX_BYTES * one.numel())
+    call.outputs()
 
 
 @rule("aten::index_put", "aten::_index_put_impl_", "aten::index_put_")
 def index_put(call: Call) -> None:
-    """With accumulation: linear, sorted and original positions, and the sort's scratch."""
-    values = call.args[2]
+    """With accumulation: linear, sorted and original positions, and the sort's scratch.
+
+    The gradient of indexing adds into its zeros in place, but not over meta tensors
+    (torch/csrc/autograd/FunctionsManual.cpp, `index_backward`).
+    """
+    target, _, values = call.args[:3]
     accumulate = call.argument(3, "accumulate", False)
-    call.outputs()
+    node = torch._C._current_autograd_node()
+    if accumulate and node is not None and not torch.is_grad_enabled():
+        call.give(target)
+    else:
+        call.outputs()
     if not accumulate:
         return
     indices = [index for index in call.args[1] if index is not None]
     count = max((index.numel() for index in indices), default=values.numel())
-    for _ in range(3):
-        call.temporary(8 * count)
-    positions = call.temporary(8 * count)
-    sort_scratch = call.temporary(16 * count)
-    call.free(sort_scratch)
+    call.temporary(INDEX_BYTES * count)
+    if not values.is_contiguous():
+        call.temporary(tensor_bytes(values))
+    for _ in range(2):
+        call.temporary(INDEX_BYTES * count)
+    _sort_positions(call, count, INDEX_BYTES)
+
+
+@rule("aten::sort")
+def sort(call: Call) -> None:
+    """Values and positions; above 4096, a copy of another layout and a radix sort's.
+
+    Few rows are sorted together, by value and then by row.
+    """
+    values = call.args[0]
+    outputs = call.outputs()
+    side = outputs[0].shape[_sorted_dim(call, values)] if values.dim() else 1
+    if side <= LARGEST_SMALL_SORT:
+        return
+    if not values.is_contiguous():
+        call.temporary(tensor_bytes(values))
+    rows = values.numel() // side
+    if rows == 1:
+        _sort_positions(call, side, values.element_size())
+    elif rows < FEWEST_SEGMENTS:
+        call.temporary(INDEX_BYTES * values.numel())
+        call.temporary(INDEX_BYTES * values.numel())
+        call.temporary(sort_scratch_bytes(values.numel(), values.element_size()))
+    else:
+        _sort_positions(call, values.numel(), values.element_size())
+
+
+@rule("aten::cumsum")
+def cumsum(call: Call) -> None:
+    """The output, then a copy of an input in another precision or layout."""
+    values = call.args[0]
+    result = call.outputs()
+    if result.dtype != values.dtype or not values.is_contiguous():
+        call.temporary(tensor_bytes(values, result.element_size()))
+
+
+@rule("aten::masked_scatter")
+def masked_scatter(call: Call) -> None:
+    """The output, then the sums of the mask and copies of mask and source."""
+    target, mask, source = call.args[:3]
+    call.outputs()
+    call.temporary(INDEX_BYTES * target.numel())
+    expanded = mask.expand(target.shape)
+    for tensor in (expanded, source):
+        if not tensor.is_contiguous():
+            call.temporary(tensor_bytes(tensor))
+
+
+@rule("aten::masked_scatter_backward")
+def masked_scatter_backward(call: Call) -> None:
+    """Positions of what the mask shows, one index a side; then what is picked."""
+    mask = call.args[1]
+    call.temporary(INDEX_BYTES * mask.dim() * mask.numel())
+    call.outputs()
+
+
+def sort_scratch_bytes(count: int, key_bytes: int) -> int:
+    """A radix sort's second set of keys and positions (cub, DeviceRadixSort).
+
+    Histograms come to less than a hundredth of it.
+    """
+    return (key_bytes + INDEX_BYTES) * count
+
+
+def _sort_positions(call: Call, count: int, key_bytes: int) -> None:
+    """The positions that a sort carries along, and its scratch."""
+    positions = call.temporary(INDEX_BYTES * count)
+    scratch = call.temporary(sort_scratch_bytes(count, key_bytes))
+    call.free(scratch)
     call.free(positions)
+
+
+def _sorted_dim(call: Call, values: torch.Tensor) -> int:
+    """The sorted side: `sort(self, dim)`, or `sort.stable(self, *, stable, dim)`."""
+    stable = "stable" in call.func.name()
+    dim = call.kwargs.get("dim", -1) if stable else call.argument(1, "dim", -1)
+    return int(dim) % values.dim()

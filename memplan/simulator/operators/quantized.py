@@ -29,19 +29,26 @@ def gemm_4bit(call: Call) -> None:
     """One kernel for few tokens; else the weight is dequantised beside the product.
 
     Dequantising holds the absmax values in float32, twice where they are quantised
-    themselves, and the weight in the input's precision.
+    themselves, and the weight in the input's precision. The product is torch's own, so
+    autocast casts both its operands, and its result stays in autocast's precision.
     """
-    inputs, _, shape, absmax, block_size = call.args[:5]
-    nested = call.argument(7, "absmax_8bit")
+    inputs, _, shape, _, block_size = call.args[:5]
     if _is_fused(call, inputs, shape, block_size):
         if not inputs.is_contiguous():
             call.temporary(tensor_bytes(inputs))
         return
+    nested = call.argument(7, "absmax_8bit")
     if nested is not None:
         call.temporary(4 * nested.numel())
         call.temporary(4 * nested.numel())
-    call.temporary(math.prod(shape) * inputs.element_size())
-    call.outputs()
+    num_weights = math.prod(shape)
+    call.temporary(num_weights * inputs.element_size())
+    dtype = _product_dtype(inputs)
+    if dtype != inputs.dtype:
+        call.temporary(tensor_bytes(inputs, dtype.itemsize))
+        call.temporary(num_weights * dtype.itemsize)
+    out_shape = (*inputs.shape[:-1], shape[0])
+    call.give(torch.empty(out_shape, dtype=dtype, device=inputs.device))
     if not is_readable(inputs.reshape(-1, inputs.shape[-1])):
         call.temporary(tensor_bytes(inputs))
     call.workspace(cublas_workspace_bytes(call.gpu))
@@ -94,6 +101,16 @@ def _int8_product(
     if dtype != torch.float16:
         call.temporary(2 * out.numel())
     call.give((out, *others) if others else out)
+
+
+def _product_dtype(inputs: torch.Tensor) -> torch.dtype:
+    """The precision in which torch multiplies: autocast's where it is on.
+
+    Autocast stays on inside of an operator whose kernel is Python.
+    """
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return inputs.dtype
 
 
 def _is_fused(

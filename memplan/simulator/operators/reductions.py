@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from memplan.gpu import Gpu
-from memplan.simulator.operators import Call, rule
+from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.hardware import multiprocessors, resident_threads
 
 ACCUMULATOR_BYTES = 4
-"""Sums of half and single precision are gathered in float32."""
+"""Sums of half and single precision are gathered in float32, of int64 in itself."""
 
 LARGEST_BLOCK = 512
 """`mnt_wrapper::MAX_NUM_THREADS`: threads of a reducing block."""
@@ -29,19 +30,33 @@ def reduction(call: Call) -> None:
     """The output, then the buffer of parts and one semaphore a column of blocks."""
     values = call.args[0]
     dims = _reduced_dims(call, values)
-    call.outputs()
+    _take_cast_input(call, call.outputs())
     for num_bytes in scratch_bytes(values, dims, call.gpu):
         call.temporary(num_bytes)
 
 
-@rule("aten::sum", "aten::mean", "aten::max", "aten::min")
+@rule("aten::sum", "aten::mean", "aten::max", "aten::min", "aten::all", "aten::any")
 def full_reduction(call: Call) -> None:
     """The output, then the buffer of parts."""
     values = call.args[0]
-    call.outputs()
+    _take_cast_input(call, call.outputs())
     if len(call.args) == 1:
         for num_bytes in scratch_bytes(values, range(values.dim()), call.gpu):
             call.temporary(num_bytes)
+
+
+def _take_cast_input(call: Call, result: Any) -> None:
+    """A copy of the input in the result's precision, where the kernel cannot cast.
+
+    It casts half precision to float32 itself, and reads truth values for all and any
+    (aten/src/ATen/native/ReduceOpsUtils.h, `make_reduction_from_ty`).
+    """
+    values = call.args[0]
+    if not isinstance(result, torch.Tensor) or result.dtype == values.dtype:
+        return
+    widened = values.element_size() == 2 and result.dtype == torch.float32
+    if not widened and result.dtype != torch.bool:
+        call.temporary(tensor_bytes(values, result.element_size()))
 
 
 def scratch_bytes(
@@ -70,7 +85,8 @@ def scratch_bytes(
     if ctas == 1:
         return ()
     parts = 1 if fastest else width * vector
-    return ACCUMULATOR_BYTES * num_outputs * ctas * parts, 4 * columns
+    accumulator_bytes = max(ACCUMULATOR_BYTES, values.element_size())
+    return accumulator_bytes * num_outputs * ctas * parts, 4 * columns
 
 
 def _block(

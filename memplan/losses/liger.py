@@ -1,0 +1,35 @@
+"""Liger's fused linear cross-entropy: gradients are made in forward, chunk by chunk.
+
+Source: liger-kernel 0.8.5, `liger_kernel.ops.fused_linear_cross_entropy`, as
+`apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)` installs it, and Trainer's
+`liger_kernel_config={"fused_linear_cross_entropy": True}`. Liger's other kernels are no
+part of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from memplan.losses import Loss
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NAME = "liger"
+
+
+class Liger(Loss):
+    """Liger's loss alone; in evaluation it leaves the model's own."""
+
+    summary: ClassVar[str] = "Liger's fused linear cross-entropy, chunks of logits"
+
+    def prepare(self, model: nn.Module) -> None:
+        from memplan.losses._fused import check_fused
+        from memplan.losses._head import replace_forward
+        from memplan.losses._liger import compute
+
+        check_fused(model, NAME)
+        replace_forward(model, NAME, compute, in_evaluation=False)
+
+
+PART = Liger()
