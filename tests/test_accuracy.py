@@ -32,7 +32,7 @@ def test_prediction_keeps_the_bars(number: int) -> None:
 
     assert footprint.fits
     for bar in BARS:
-        if run.recipe.quantization in bar.quantizations:
+        if bar.worst is not None and run.recipe.quantization in bar.quantizations:
             for reading in bar.readings:
                 assert abs(errors[reading]) <= bar.worst, bar.title
 
@@ -43,11 +43,13 @@ def test_every_run_keeps_the_bar_but_for_the_known_misses(
     bar: Bar, predicted: Predicted
 ) -> None:
     errors = accuracy_report.errors_under(bar, predicted)
-    beyond = {key for key, error in errors.items() if abs(error) > bar.worst}
+    median = statistics.median(map(abs, errors.values()))
 
-    assert beyond == errors.keys() & KNOWN_MISSES.keys()
-    if bar.median is not None:
-        assert statistics.median(map(abs, errors.values())) <= bar.median
+    assert bar.median is None or median <= bar.median
+    if bar.worst is not None:
+        beyond = {key for key, error in errors.items() if abs(error) > bar.worst}
+
+        assert beyond == errors.keys() & KNOWN_MISSES.keys()
 
 
 @pytest.mark.slow

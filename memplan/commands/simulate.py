@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -28,11 +29,6 @@ from memplan.gpu import Gpu
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal
-
-_NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-"""Keeps bitsandbytes, which compiles two kernels for the CPU as it is imported, from
-loading torch's compiler (torch._dynamo.eval_frame, `_optimize`). None is called here.
-"""
 
 
 @click.command(cls=RecipeCommand)
@@ -96,14 +92,23 @@ def _run(
 ) -> Any:
     with (
         terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told,
-        mock.patch.dict(os.environ, _NO_COMPILER),
+        without_compiler(),
     ):
         told("imports")
-        simulator = _import_simulator(recipe)
+        simulator = import_simulator(recipe)
         return simulator.run(architecture, recipe, gpu, settings, told)
 
 
-def _import_simulator(recipe: Recipe) -> Any:
+def without_compiler() -> AbstractContextManager[Any]:
+    """Keeps torch's compiler from being loaded for kernels that nothing here calls.
+
+    bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
+    where it is told to (torch._dynamo.eval_frame, `_optimize`).
+    """
+    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})
+
+
+def import_simulator(recipe: Recipe) -> Any:
     """The simulator and its libraries, which the process keeps until it ends.
 
     So there is no garbage among them to be looked for, while they load or later.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from memplan.losses._head import IGNORED, Head, LossOutput, Scaling
@@ -53,15 +53,21 @@ def _count(valid: Tensor, num_valid: Tensor) -> int:
 
 
 def _score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scaling: Scaling,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, hits and entropies of a chunk; its logits turn float32 at the end."""
+    """Summed loss, hits and entropies of a chunk, whose logits become float32."""
     logits = (hidden @ weight.to(hidden.dtype).t()).float()
     if bias is not None:
         logits = logits + bias.float()
     logits = scaling.apply(logits)
-    log_probs = F.log_softmax(logits, dim=-1)
-    loss = F.nll_loss(log_probs, targets, ignore_index=IGNORED, reduction="sum")
+    log_probs = functional.log_softmax(logits, dim=-1)
+    loss = functional.nll_loss(
+        log_probs, targets, ignore_index=IGNORED, reduction="sum"
+    )
     valid = targets != IGNORED
     correct = ((logits.argmax(dim=-1) == targets) & valid).sum().float()
     entropy = (-(log_probs.exp() * log_probs).sum(dim=-1) * valid).sum()

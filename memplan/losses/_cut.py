@@ -28,7 +28,7 @@ def compute(hidden_states: Tensor, head: Head, labels: Tensor) -> LossOutput:
     if is_simulated(hidden_states, NAME):
         hidden = hidden_states.contiguous().flatten(0, -2)
         targets = labels.contiguous()
-        loss = _LinearCrossEntropy.apply(
+        loss = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, targets, _positions(targets), softcap is not None
         )
         return LossOutput(loss=loss)
@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
         """Gradients in the precision of the product, then in that of what was given."""
         hidden, weight, log_sums, _, _, means = ctx.saved_tensors
         order = means.argsort().to(torch.int32)

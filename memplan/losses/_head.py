@@ -1,4 +1,4 @@
-"""A model whose forward ends before its head, where the loss does what the head would."""
+"""A model whose forward ends before its head, which the loss reads for itself."""
 
 # transformers is untyped to the checker.
 # mypy: allow-subclassing-any

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from memplan.losses._fused import is_simulated, missing
 from memplan.losses._head import IGNORED, Head, LossOutput
@@ -24,11 +24,13 @@ _ACCUMULATING_CAPABILITY = (8, 0)
 
 def compute(hidden_states: Tensor, head: Head, labels: Tensor) -> LossOutput:
     """The mean loss (`LigerForCausalLMLoss`)."""
-    padded = F.pad(labels, (0, 1), value=IGNORED)
+    padded = functional.pad(labels, (0, 1), value=IGNORED)
     targets = padded[..., 1:].contiguous().view(-1)
     hidden = hidden_states.view(-1, hidden_states.size(-1))
     if is_simulated(hidden, NAME):
-        loss = _FusedLinearCrossEntropy.apply(hidden, head.weight, targets)
+        loss = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, targets
+        )
         return LossOutput(loss=loss)
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -49,14 +51,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        tokens = chunk_tokens(*hidden.shape, weight.shape[0])
+        tokens = chunk_tokens(len(hidden), hidden.shape[1], len(weight))
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         losses = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         labelled = targets != IGNORED
         labelled.sum()
         in_place = _multiplies_in_place(hidden, weight)
-        buffer = hidden.new_empty((tokens, weight.shape[0])) if in_place else None
+        buffer = hidden.new_empty((tokens, len(weight))) if in_place else None
         for start in range(0, len(hidden), tokens):
             chunk = hidden[start : start + tokens]
             gradient = grad_hidden[start : start + tokens]
@@ -76,7 +78,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Both gradients are there already, and are multiplied in place."""
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden, grad_weight, None
@@ -91,13 +93,14 @@ def _multiplies_in_place(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Adds a chunk's part to the weight's gradient, by a copy where there is no other way.
+    """Adds a chunk's part to the weight's gradient.
 
-    The copy is in the product's precision first, then in float32.
+    In place where the card and the precisions allow it; else by a whole gradient in the
+    product's precision, and another in float32.
     """
     modern = torch.cuda.get_device_capability() >= _ACCUMULATING_CAPABILITY
-    if modern and grad_logits.dtype in HALF:
-        if grad_weight.dtype in (grad_logits.dtype, torch.float32):
-            hidden.to(grad_logits.dtype)
-            return
+    half = grad_logits.dtype in HALF
+    if modern and half and grad_weight.dtype in (grad_logits.dtype, torch.float32):
+        hidden.to(grad_logits.dtype)
+        return
     grad_weight += torch.mm(grad_logits.t(), hidden).float()

@@ -1,4 +1,4 @@
-"""TRL's former `chunked_nll`: logits of 256 tokens at a time, computed again in backward.
+"""TRL's former `chunked_nll`: 256 tokens' logits at a time, made again in backward.
 
 Source: TRL 1.13 and 1.14, `trl.trainer.sft_trainer._chunked_cross_entropy_loss`. It was
 the default from 1.7 on; up to 1.12 each chunk multiplied float32 copies of the hidden

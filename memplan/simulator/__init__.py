@@ -59,6 +59,8 @@ class Trace:
     paged_bytes: int
     operators: dict[Any, int]
     """How often each operator ran."""
+    num_traced_layers: int | None
+    """Layers that were run for all of their stack; None where every layer was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +175,8 @@ def _trace(
             Loader(tracer, recipe).load(model)
             loaded_modules = list(log.modules)
             left_out = shorten(model, pattern) if pattern else None
+            if pattern is not None:
+                log.modules[:] = [pattern.renumber(path) for path in loaded_modules]
         with (
             Reroute(tracer, recipe).installed(),
             repeated_heads(recipe.attention),
@@ -214,6 +218,7 @@ def _trace(
             for name, shape in trained.items()
         ),
         operators=tracer.operators,
+        num_traced_layers=len(pattern.kept) if pattern else None,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
@@ -39,6 +40,9 @@ PER_GRADIENT = ("aten._foreach_norm", "aten.stack")
 """Operators of clipping whose outputs and scratch are as long as the list of gradients."""
 
 Event = tuple[int, int]
+
+Run = tuple[int | None, list[Event]]
+"""Events of one layer, by its position, or outside of layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,18 @@ class Pattern:
         if layer >= self.end:
             return len(self.kept) - (self.num_layers - layer)
         return self.repeated + (layer - self.head) % self.period
+
+    def stands_for_others(self, position: int) -> bool:
+        """Whether the traced layer at a position is one of those that repeat."""
+        return self.repeated <= position < self.repeated + 2 * self.period
+
+    def renumber(self, path: str) -> str:
+        """A path of the whole model in the shortened one."""
+        layer = self.position(path)
+        if layer is None or layer not in self.kept:
+            return path
+        position = self.kept.index(layer)
+        return path.replace(f"{self.stack}.{layer}", f"{self.stack}.{position}", 1)
 
     def layer_of(self, position: int) -> int:
         """The layer that stands at a position among the traced ones."""
@@ -240,7 +256,6 @@ class _Parser:
         self._log = log
         self._pattern = pattern
         self._loaded_modules = loaded_modules
-        self._num_traced = len(pattern.kept)
         self._position_of_layer = {l: i for i, l in enumerate(pattern.kept)}
         self._homes: dict[int, Home] = {}
         self._loads: dict[tuple[int | None, int], int] = {}
@@ -275,18 +290,25 @@ class _Parser:
                 self._homes[block] = (_LOAD, 0, position, number)
 
     def _items(self, stretch: int, events: list[Event]) -> list[_Item] | None:
+        """The items of a moment; steps are read by time, lists of tensors by owner."""
         label = self._log.labels[events[0][1]]
-        in_time = label.endswith(("forward", "backward"))
-        if in_time:
-            merged = _merged(_runs(events[1:], self._tags_in_time(events[1:])))
-            runs = [part for run in merged for part in self._split_by_block(run)]
-        else:
-            runs = list(_runs(events[1:], self._tags_by_block(events[1:])))
-        items = _passes(runs, self._num_traced)
-        if items is not None:
-            for number, item in enumerate(items):
-                self._find_homes(stretch, number, item)
-        return items
+        ways = [self._runs_by_owner, self._runs_in_time]
+        if label.endswith(("forward", "backward")):
+            ways.reverse()
+        for runs in ways:
+            items = _passes(runs(events[1:]), self._pattern)
+            if items is not None:
+                for number, item in enumerate(items):
+                    self._find_homes(stretch, number, item)
+                return items
+        return None
+
+    def _runs_in_time(self, events: list[Event]) -> list[Run]:
+        merged = _merged(_runs(events, self._tags_in_time(events)))
+        return [part for run in merged for part in self._split_by_owner(run)]
+
+    def _runs_by_owner(self, events: list[Event]) -> list[Run]:
+        return list(_runs(events, self._tags_by_owner(events)))
 
     def _tags_in_time(self, events: list[Event]) -> Iterator[int | None]:
         """The layer that is at work: that of the last allocation."""
@@ -296,7 +318,7 @@ class _Parser:
                 tag = self._pattern.position(self._log.modules[block])
             yield tag
 
-    def _tags_by_block(self, events: list[Event]) -> Iterator[int | None]:
+    def _tags_by_owner(self, events: list[Event]) -> Iterator[int | None]:
         """The layer that the block belongs to."""
         for block, _ in events:
             yield self._owner(block) if block >= 0 else None
@@ -306,20 +328,15 @@ class _Parser:
             return self._homes.get(block, (0, 0, None, 0))[2]
         return self._pattern.position(self._log.modules[block])
 
-    def _split_by_block(
-        self, run: tuple[int | None, list[Event]]
-    ) -> list[tuple[int | None, list[Event]]]:
+    def _split_by_owner(self, run: Run) -> list[Run]:
         """Releases for all layers in one go, as of autocast's copies, by their layer."""
         tag, events = run
-        if tag is not None:
-            return [run]
-        runs = list(_runs(events, self._tags_by_block(events)))
-        upwards = list(range(self._num_traced))
-        for start in range(len(runs) - self._num_traced + 1):
-            end = start + self._num_traced
-            order = [owner for owner, _ in runs[start:end]]
-            if order in (upwards, upwards[::-1]):
-                return [*_joined(runs[:start]), *runs[start:end], *_joined(runs[end:])]
+        runs = self._runs_by_owner(events)
+        for start in range(len(runs)):
+            part = _pass_at_start(runs[start:], self._pattern)
+            if part:
+                rest = runs[start + len(part) :]
+                return [*_joined(tag, runs[:start]), *part, *_joined(None, rest)]
         return [run]
 
     def _find_homes(self, stretch: int, item_number: int, item: _Item) -> None:
@@ -344,7 +361,7 @@ def _split_at_marks(log: EventLog) -> list[list[Event]]:
 
 def _runs(
     events: list[Event], tags: Iterator[int | None]
-) -> Iterator[tuple[int | None, list[Event]]]:
+) -> Iterator[Run]:
     run: list[Event] = []
     current: int | None = None
     for event, tag in zip(events, tags, strict=True):
@@ -357,19 +374,17 @@ def _runs(
         yield current, run
 
 
-def _joined(
-    runs: list[tuple[int | None, list[Event]]],
-) -> list[tuple[int | None, list[Event]]]:
-    """Runs as one outside of layers; none where there are none."""
+def _joined(tag: int | None, runs: list[Run]) -> list[Run]:
+    """Runs as one of that layer; none where there are none."""
     events = [event for _, run in runs for event in run]
-    return [(None, events)] if events else []
+    return [(tag, events)] if events else []
 
 
 def _merged(
-    runs: Iterator[tuple[int | None, list[Event]]],
-) -> list[tuple[int | None, list[Event]]]:
+    runs: Iterator[Run],
+) -> list[Run]:
     """Runs where what lies between neighbouring layers belongs to the earlier one."""
-    merged: list[tuple[int | None, list[Event]]] = []
+    merged: list[Run] = []
     for tag, events in runs:
         if merged and merged[-1][0] == tag:
             merged[-1][1].extend(events)
@@ -385,30 +400,45 @@ def _merged(
     return merged
 
 
-def _passes(
-    runs: list[tuple[int | None, list[Event]]], num_traced: int
-) -> list[_Item] | None:
-    """The items of a stretch; None where a pass over the layers is not whole."""
+def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
+    """The items of a stretch; None where a pass leaves out layers that repeat."""
     items: list[_Item] = []
     left = list(runs)
     while left:
-        if left[0][0] is None:
-            items.append(_Item(events=left.pop(0)[1]))
+        part = _pass_at_start(left, pattern)
+        if part:
+            left = left[len(part) :]
+            if left and left[0][0] == part[-2][0]:
+                left.insert(0, _split_turn(part))
+            items.append(_Item(layers={t: e for t, e in part if t is not None}))
             continue
-        part, left = left[:num_traced], left[num_traced:]
-        order = [tag for tag, _ in part]
-        upwards = list(range(num_traced))
-        if order not in (upwards, upwards[::-1]):
+        tag, events = left.pop(0)
+        if tag is not None and pattern.stands_for_others(tag):
             return None
-        if left and left[0][0] == order[-2]:
-            left.insert(0, _split_turn(part))
-        items.append(_Item(layers={t: e for t, e in part if t is not None}))
+        if items and not items[-1].layers:
+            items[-1].events.extend(events)
+        else:
+            items.append(_Item(events=list(events)))
     return items
 
 
+def _pass_at_start(runs: list[Run], pattern: Pattern) -> list[Run]:
+    """The runs that go up or down all layers that repeat; none where there is no such."""
+    part: list[Run] = []
+    for run in runs:
+        tags = [tag for tag, _ in (*part[-2:], run)]
+        steps = [b - a for a, b in pairwise(tags) if a is not None and b is not None]
+        if None in tags or any(abs(step) != 1 or step != steps[0] for step in steps):
+            break
+        part.append(run)
+    positions = {tag for tag, _ in part}
+    middle = range(pattern.repeated - 1, pattern.repeated + 2 * pattern.period + 1)
+    return part if positions >= set(middle) else []
+
+
 def _split_turn(
-    part: list[tuple[int | None, list[Event]]],
-) -> tuple[int | None, list[Event]]:
+    part: list[Run],
+) -> Run:
     """What the last layer of a pass does as the first of the next, which turns round.
 
     It is taken out of `part`. Where exactly does not matter: the layers at both ends
@@ -472,24 +502,41 @@ class _Writer:
             sizes=old.sizes[:count],
         )
 
-    def write(self) -> EventLog:
+    def write(self) -> EventLog | None:
+        """The log; None where a block of a layer would live on that should not."""
         for number, stretch in enumerate(self._parsed.stretches):
             if stretch.mark is not None:
                 self._log.events.append(stretch.mark)
                 label = self._log.labels[stretch.mark[1]]
             for item_number, item in enumerate(stretch.items):
                 self._write_item((number, item_number), item, label)
-        return self._log
+        return self._log if self._releases_alike() else None
+
+    def _releases_alike(self) -> bool:
+        """Whether a block is released, once, where the one it is a copy of is."""
+        released = [b for b, n in self._log.events if n == FREE and b >= 0]
+        if len(set(released)) != len(released):
+            return False
+        of_copies = set(released)
+        of_traced = {b for b, n in self._parsed.log.events if n == FREE and b >= 0}
+        traced = {home: block for block, home in self._parsed.homes.items()}
+        for (stretch, item, layer, number), copy in self._new.items():
+            position = None if layer is None else self._pattern.representative(layer)
+            block = traced[stretch, item, position, number]
+            if (block in of_traced) != (copy in of_copies):
+                return False
+        return True
 
     def _write_item(self, at: tuple[int, int], item: _Item, label: str) -> None:
         if not item.layers:
             self._write_events(at, item.events, None, None, label)
             return
-        first = next(iter(item.layers))
+        first, second, *_ = item.layers
         layers = range(self._pattern.num_layers)
-        for layer in layers if first == 0 else reversed(layers):
+        for layer in layers if first < second else reversed(layers):
             position = self._pattern.representative(layer)
-            self._write_events(at, item.layers[position], layer, position, label)
+            if position in item.layers:
+                self._write_events(at, item.layers[position], layer, position, label)
 
     def _write_events(
         self,

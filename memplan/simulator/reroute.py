@@ -109,6 +109,12 @@ class Reroute:
                 )
             )
             stack.enter_context(
+                mock.patch(
+                    "torch.cuda.get_device_capability",
+                    lambda *args: self._tracer.gpu.compute_capability,
+                )
+            )
+            stack.enter_context(
                 mock.patch("torch.clear_autocast_cache", self._casts.clear)
             )
             if self._chunks:

@@ -130,13 +130,16 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _checkpoint(model: Any, recipe: Recipe, kwargs: dict[str, Any]) -> None:
-    """Turns checkpointing on; transformers before 5.18 knows no n and no offload."""
+    """Turns checkpointing on; transformers before 5.18 knows no n and no offload.
+
+    On a CPU nothing is to be copied off a card, and no memory can be pinned.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
         enable(
             activation_checkpointing_kwargs=kwargs,
             every_n_layers=recipe.every_n_layers,
-            offload=recipe.offload,
+            offload=recipe.offload and model.device.type != "cpu",
         )
         return
     if recipe.every_n_layers > 1 or recipe.offload:

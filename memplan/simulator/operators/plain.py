@@ -21,7 +21,6 @@ VIEWS = (
     "aten::alias",
     "aten::as_strided",
     "aten::detach",
-    "aten::diagonal",
     "aten::expand",
     "aten::lift_fresh",
     "aten::permute",
@@ -31,13 +30,10 @@ VIEWS = (
     "aten::split.Tensor",
     "aten::split_with_sizes",
     "aten::squeeze.dim",
-    "aten::squeeze.dims",
     "aten::t",
     "aten::transpose.int",
-    "aten::unbind.int",
     "aten::unsqueeze",
     "aten::view",
-    "aten::view.dtype",
     "aten::view_as_complex",
     "aten::view_as_real",
 )
@@ -49,20 +45,14 @@ IN_PLACE = (
     "aten::addcmul_",
     "aten::clamp_",
     "aten::copy_",
-    "aten::div_.Scalar",
     "aten::div_.Tensor",
-    "aten::fill_.Scalar",
     "aten::lerp_.Scalar",
     "aten::logical_and_",
     "aten::masked_fill_.Scalar",
     "aten::mul_.Tensor",
-    "aten::neg_",
     "aten::rsqrt_",
     "aten::scatter_.src",
     "aten::scatter_.value",
-    "aten::sqrt_",
-    "aten::sub_.Tensor",
-    "aten::zero_",
 )
 """Nothing: one pass over their input (cuda/Loops.cuh; cuda/Copy.cu, whose copies within
 a card cast as they go; cuda/ScatterGatherKernel.cu)."""
@@ -77,7 +67,6 @@ IN_PLACE_LISTS = (
     "aten::_foreach_lerp_.Scalar",
     "aten::_foreach_mul_.Scalar",
     "aten::_foreach_mul_.Tensor",
-    "aten::_fused_adamw_",
 )
 """Nothing: addresses travel as kernel arguments (cuda/MultiTensorApply.cuh)."""
 
@@ -86,7 +75,6 @@ LISTS = ("aten::_foreach_sqrt",)
 
 ELEMENTWISE = (
     "aten::_to_copy",
-    "aten::abs",
     "aten::add.Tensor",
     "aten::bitwise_and.Tensor",
     "aten::bitwise_not",
@@ -111,9 +99,6 @@ ELEMENTWISE = (
     "aten::le.Tensor",
     "aten::log",
     "aten::log1p",
-    "aten::logical_and",
-    "aten::lt.Scalar",
-    "aten::lt.Tensor",
     "aten::masked_fill.Scalar",
     "aten::mul.Scalar",
     "aten::mul.Tensor",
@@ -126,7 +111,6 @@ ELEMENTWISE = (
     "aten::pow.Tensor_Tensor",
     "aten::reciprocal",
     "aten::relu",
-    "aten::remainder.Scalar",
     "aten::rsqrt",
     "aten::rsub.Scalar",
     "aten::sigmoid",
@@ -141,8 +125,6 @@ ELEMENTWISE = (
     "aten::tanh",
     "aten::tanh_backward",
     "aten::threshold_backward",
-    "aten::where.ScalarOther",
-    "aten::where.ScalarSelf",
     "aten::where.self",
 )
 """The output: TensorIterator reads inputs of any layout in place, and numbers of the
@@ -154,7 +136,6 @@ FILLED = (
     "aten::arange.start_step",
     "aten::empty.memory_format",
     "aten::empty_like",
-    "aten::empty_strided",
     "aten::eye",
     "aten::full",
     "aten::full_like",
@@ -176,7 +157,6 @@ REARRANGED = (
     "aten::flip",
     "aten::gather",
     "aten::repeat",
-    "aten::roll",
     "aten::scatter.src",
     "aten::scatter_add",
     "aten::select_backward",

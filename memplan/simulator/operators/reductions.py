@@ -19,6 +19,9 @@ from memplan.simulator.operators.hardware import multiprocessors, resident_threa
 ACCUMULATOR_BYTES = 4
 """Sums of half and single precision are gathered in float32, of int64 in itself."""
 
+PAIR_BYTES = 16
+"""A value and its position, as C++ pads them."""
+
 LARGEST_BLOCK = 512
 """`mnt_wrapper::MAX_NUM_THREADS`: threads of a reducing block."""
 
@@ -45,6 +48,17 @@ def full_reduction(call: Call) -> None:
             call.temporary(num_bytes)
 
 
+@rule("aten::argmax", "aten::argmin")
+def extreme_position(call: Call) -> None:
+    """The output, then the buffer of pairs: a float32 and its position."""
+    values = call.args[0]
+    call.outputs()
+    for num_bytes in scratch_bytes(
+        values, _reduced_dims(call, values), call.gpu, PAIR_BYTES
+    ):
+        call.temporary(num_bytes)
+
+
 def _take_cast_input(call: Call, result: Any) -> None:
     """A copy of the input in the result's precision, where the kernel cannot cast.
 
@@ -60,12 +74,14 @@ def _take_cast_input(call: Call, result: Any) -> None:
 
 
 def scratch_bytes(
-    values: torch.Tensor, dims: Sequence[int], gpu: Gpu
+    values: torch.Tensor, dims: Sequence[int], gpu: Gpu, part_bytes: int = 0
 ) -> tuple[int, ...]:
     """The buffer and the semaphores of a reduction over `dims`; () where none is made.
 
-    Columns are summed by blocks that each keep every thread's part.
+    Columns are summed by blocks that each keep every thread's part, by default in the
+    precision in which numbers are summed.
     """
+    part_bytes = part_bytes or max(ACCUMULATOR_BYTES, values.element_size())
     per_output = math.prod(values.shape[dim] for dim in dims)
     if not per_output or not values.numel():
         return ()
@@ -85,8 +101,7 @@ def scratch_bytes(
     if ctas == 1:
         return ()
     parts = 1 if fastest else width * vector
-    accumulator_bytes = max(ACCUMULATOR_BYTES, values.element_size())
-    return accumulator_bytes * num_outputs * ctas * parts, 4 * columns
+    return part_bytes * num_outputs * ctas * parts, 4 * columns
 
 
 def _block(
