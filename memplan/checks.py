@@ -1,7 +1,7 @@
 """What can be said of a recipe for a model on a card before anything is computed.
 
-Raises InputError for what cannot run; returns notes on what runs otherwise than a person
-may think.
+Raises InputError for what cannot run; returns notes on what runs otherwise than a
+person may think.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _check_positions(architecture: Architecture, recipe: Recipe) -> None:
         raise InputError(
             "sequence_length",
             recipe.sequence_length,
-            f"is longer than the {longest} positions that {architecture.name} has learned",
+            f"is longer than the {longest} positions that {architecture.name} learned",
             f"give at most {longest}",
         )
 

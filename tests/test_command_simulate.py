@@ -74,7 +74,9 @@ def test_trained_parameters_are_counted(model: str) -> None:
     # r (i + o) over q, o: 256 + 256; k, v: 256 + 128; gate, up, down: 256 + 512.
     per_layer = 2 * 512 + 2 * 384 + 3 * 768
     found = simulate(model, "--rank", "4")
-    assert found["parameters"]["trainable"] == 4 * per_layer * SMALL["num_hidden_layers"]
+    assert (
+        found["parameters"]["trainable"] == 4 * per_layer * SMALL["num_hidden_layers"]
+    )
 
 
 def test_a_card_too_small_exits_with_1_and_says_where(model: str) -> None:

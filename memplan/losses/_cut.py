@@ -84,15 +84,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         """Gradients in the precision of the product, then in that of what was given."""
         hidden, weight, log_sums, _, _, means = ctx.saved_tensors
-        order = means.argsort().to(torch.int32)
+        scratch = [means.argsort().to(torch.int32)]
         grad_hidden = torch.zeros_like(hidden) if ctx.trains[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.trains[1] else None
-        locks = [
+        scratch += [
             _locks(len(rows), hidden.shape[1], hidden)
             for rows, trains in zip((log_sums, weight), ctx.trains, strict=True)
             if trains
         ]
-        del order, locks
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.dtypes[1])
         if grad_hidden is not None:

@@ -1,8 +1,8 @@
 """Liger's fused linear cross-entropy: gradients are made in forward, chunk by chunk.
 
 Source: liger-kernel 0.8.5, `liger_kernel.ops.fused_linear_cross_entropy`, as installed
-by `apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)`. The other kernels that
-Trainer's `use_liger_kernel` brings as well are no part of it.
+by `apply_liger_kernel_to_llama(fused_linear_cross_entropy=True)`. Other kernels, which
+Trainer's `use_liger_kernel` brings as well, are no part of it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def apply_lora(
 
     config = peft.LoraConfig(
         r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(targets),
         rank_pattern=dict(recipe.rank_pattern),

@@ -29,6 +29,10 @@ class Optimizer(ABC):
         """Bytes of a parameter's state in CUDA's managed memory."""
         return 0
 
+    def loaded_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> tuple[int, ...]:
+        """Bytes of each tensor of a parameter's state that came from a checkpoint."""
+        return self.state_bytes(shape, dtype_bytes)
+
     @abstractmethod
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over those parameters, as a training loop builds it.

@@ -76,7 +76,25 @@ class Bitsandbytes(Optimizer):
                 for index, size in enumerate(sizes)
             }
 
-        return StateOnly(parameters, state_of)
+        def loaded_state_of(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+            sizes = self.loaded_bytes(tuple(parameter.shape), 4)
+            return {
+                f"state{index}": parameter.new_zeros(size, dtype=torch.uint8)
+                for index, size in enumerate(sizes)
+            }
+
+        return StateOnly(parameters, state_of, loaded_state_of)
+
+    def loaded_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> tuple[int, ...]:
+        """States, paged or not, each with a copy of its code, then absmax.
+
+        `load_state_dict` puts every tensor on the parameter's device by itself: managed
+        memory and what parameters shared are not known to a checkpoint.
+        """
+        size = math.prod(shape)
+        codes = (4 * math.prod(CODE_SHAPE),) if self._is_8bit(size) else ()
+        states = (part for s in self._state_sizes(size) for part in (s, *codes))
+        return (*states, *self._absmax_sizes(size))
 
     def _is_8bit(self, size: int) -> bool:
         return self.eight_bits and size >= SMALLEST_8BIT_SIZE

@@ -19,12 +19,21 @@ class StateOnly(torch.optim.Optimizer):
         self,
         parameters: list[torch.nn.Parameter],
         state_of: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]],
+        loaded_state_of: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]]
+        | None = None,
     ) -> None:
         super().__init__(parameters, {})
         self._state_of = state_of
+        self._loaded_state_of = loaded_state_of or state_of
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
                     self.state[parameter] = self._state_of(parameter)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Creates the state that a checkpoint's becomes; what it holds is not read."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = self._loaded_state_of(parameter)

@@ -33,7 +33,10 @@ class Adafactor(Optimizer):
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor as Real
 
-        return Real(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
+        optimizer: torch.optim.Optimizer = Real(
+            parameters, lr=1e-4, scale_parameter=False, relative_step=False
+        )
+        return optimizer
 
 
 PART = Adafactor()

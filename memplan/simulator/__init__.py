@@ -21,6 +21,7 @@ from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
+from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
 from memplan.simulator.repetition import (
     Pattern,
@@ -34,6 +35,7 @@ from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import model as training_model
 from memplan.training.attention import repeated_heads
+from memplan.training.life import NO_LIFE, Life
 from memplan.training.step import Loop
 
 STEPS = 2
@@ -105,10 +107,13 @@ def run(
     gpu: Gpu | None = None,
     settings: AllocatorSettings | None = None,
     progress: Callable[[str], None] = lambda label: None,
+    *,
+    life: Life = NO_LIFE,
 ) -> Simulation:
     """The simulation of a fine-tune; `progress` is told of each moment that begins."""
     notes = checks.check(architecture, recipe, gpu)
-    traced = trace(architecture, recipe, gpu or find_gpu(UNNAMED_CARD), progress)
+    card = gpu or find_gpu(UNNAMED_CARD)
+    traced = trace(architecture, recipe, card, progress, life=life)
     settings = settings or AllocatorSettings()
     progress("replay")
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
@@ -136,18 +141,19 @@ def trace(
     progress: Callable[[str], None] = lambda label: None,
     *,
     whole: bool = False,
+    life: Life = NO_LIFE,
 ) -> Trace:
     """Runs load, adaptation and two steps on meta tensors, logging allocations.
 
-    Of layers that repeat few are run, unless `whole`; the log is that of the whole model
-    all the same.
+    Of layers that repeat few are run, unless `whole`; the log is that of the whole
+    model all the same.
     """
     pattern = None if whole else find_pattern(architecture, recipe)
     if pattern is not None:
-        traced = _trace(architecture, recipe, gpu, progress, pattern)
+        traced = _trace(architecture, recipe, gpu, progress, pattern, life)
         if traced is not None:
             return traced
-    traced = _trace(architecture, recipe, gpu, progress, None)
+    traced = _trace(architecture, recipe, gpu, progress, None, life)
     assert traced is not None
     return traced
 
@@ -158,6 +164,7 @@ def _trace(
     gpu: Gpu,
     progress: Callable[[str], None],
     pattern: Pattern | None,
+    life: Life,
 ) -> Trace | None:
     """The trace; None where layers turn out not to repeat as the pattern says."""
     log = EventLog()
@@ -189,14 +196,17 @@ def _trace(
             tracer.name_modules(adapted)
             watched = _labelling_gradients(phase, tracer, adapted)
             loop = Loop(adapted, recipe, architecture.vocab_size, watched)
+            lived = LifeTracer(adapted, recipe, architecture, tracer, phase)
+            lived.before_steps(life, loop)
             for number in range(1, STEPS + 1):
                 loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
+            trained = {
+                name: tuple(parameter.shape)
+                for name, parameter in adapted.named_parameters()
+                if parameter.requires_grad
+            }
+            lived.after_steps(life)
             tracer.stop()
-        trained = {
-            name: tuple(parameter.shape)
-            for name, parameter in adapted.named_parameters()
-            if parameter.requires_grad
-        }
     del left_out
     log.modules[: len(loaded_modules)] = loaded_modules
     counts = {name: _num_copies(name, pattern) for name in trained}
@@ -250,7 +260,7 @@ def _replay_on_card(
 def _smallest_budget(
     log: EventLog, settings: AllocatorSettings, gpu: Gpu, enough: int
 ) -> int:
-    """About the smallest budget that suffices; near the limit the cache is given back."""
+    """About the smallest budget that suffices, with the cache given back in need."""
     too_little = gpu.budget_bytes
     for _ in range(MISSING_SEARCH_STEPS):
         middle = (too_little + enough) // 2

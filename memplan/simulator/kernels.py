@@ -50,7 +50,9 @@ class Shapes:
 def choose(asked: str, shapes: Shapes, gpu: Gpu) -> str:
     """The kernel that runs; raises InputError where a pinned one cannot."""
     if asked not in KERNELS:
-        return next(kernel for kernel in _order(gpu) if not _obstacle(kernel, shapes, gpu))
+        return next(
+            kernel for kernel in _order(gpu) if not _obstacle(kernel, shapes, gpu)
+        )
     obstacle = _obstacle(asked, shapes, gpu)
     if obstacle:
         raise InputError(
@@ -60,7 +62,7 @@ def choose(asked: str, shapes: Shapes, gpu: Gpu) -> str:
 
 
 def _order(gpu: Gpu) -> tuple[str, ...]:
-    """cuDNN comes first on Hopper and data-centre Blackwell."""
+    """On Hopper and data-centre Blackwell, cuDNN comes first."""
     if gpu.compute_capability in ((9, 0), (10, 0), (10, 3)):
         return ("cudnn", "flash", "efficient", "math")
     return KERNELS
@@ -68,12 +70,8 @@ def _order(gpu: Gpu) -> tuple[str, ...]:
 
 def _obstacle(kernel: str, shapes: Shapes, gpu: Gpu) -> str:
     """Why a kernel cannot run; empty where it can."""
-    return {
-        "flash": _flash_obstacle,
-        "efficient": _efficient_obstacle,
-        "cudnn": _cudnn_obstacle,
-        "math": lambda shapes, gpu: "",
-    }[kernel](shapes, gpu)
+    obstacle = _OBSTACLES.get(kernel)
+    return obstacle(shapes, gpu) if obstacle else ""
 
 
 def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
@@ -89,12 +87,16 @@ def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:
     if shapes.masked:
         return "flash attention takes no mask, and the batch or the model needs one"
     if head_dim != shapes.value[-1]:
-        return f"flash attention needs equal heads, not {head_dim} and {shapes.value[-1]}"
+        return (
+            f"flash attention needs equal heads, not {head_dim} and {shapes.value[-1]}"
+        )
     if head_dim > 256:
         return f"flash attention takes heads up to 256, not {head_dim}"
     too_large = head_dim <= 224 or shapes.dropout > 0
-    if _has_small_memory(gpu) and shapes.trains and (
-        head_dim > _FLASH_BACKWARD_LIMIT and too_large
+    if (
+        _has_small_memory(gpu)
+        and shapes.trains
+        and (head_dim > _FLASH_BACKWARD_LIMIT and too_large)
     ):
         return f"the flash backward of heads of {head_dim} does not fit, {_card(gpu)}"
     return ""
@@ -156,3 +158,11 @@ def _cudnn_head_obstacle(heads: tuple[int, int], gpu: Gpu) -> str:
 def _card(gpu: Gpu) -> str:
     major, minor = gpu.compute_capability
     return f"{gpu.name} has {major}.{minor}"
+
+
+_OBSTACLES = {
+    "flash": _flash_obstacle,
+    "efficient": _efficient_obstacle,
+    "cudnn": _cudnn_obstacle,
+}
+"""What may keep a kernel from running; nothing keeps math."""

@@ -80,7 +80,9 @@ class Loader:
         full = self._allocate(num_weights * state.dtype.itemsize)
         nested = state.state2 is not None
         blocks = math.ceil(num_weights / state.blocksize)
-        absmax = self._allocate(4 * blocks) if nested else self._take(state.absmax, STATE)
+        absmax = (
+            self._allocate(4 * blocks) if nested else self._take(state.absmax, STATE)
+        )
         self._take(weight)
         self._take(state.code, STATE)
         scratch = [self._allocate(CODE_SCRATCH_BYTES) for _ in range(2)]

@@ -31,13 +31,13 @@ PERIODS_BEFORE = 2
 differently shows in what their neighbours release."""
 
 TRACED_PERIODS = 2 * PERIODS_BEFORE + 2
-"""Between the ends, two that must be alike, of which the first stands for the others."""
+"""Between the ends, two that must be alike; the first stands for the others."""
 
 LARGEST_SHARE = 0.6
 """The share of a stack from which on shortening it is not worth while."""
 
 PER_GRADIENT = ("aten._foreach_norm", "aten.stack")
-"""Operators of clipping whose outputs and scratch are as long as the list of gradients."""
+"""Operators of clipping whose outputs or scratch grow with the number of gradients."""
 
 Event = tuple[int, int]
 
@@ -148,7 +148,10 @@ def multiplicity(pattern: Pattern, path: str) -> int:
 
 
 def expand(
-    log: EventLog, loaded_modules: list[str], pattern: Pattern, gradients: tuple[int, int]
+    log: EventLog,
+    loaded_modules: list[str],
+    pattern: Pattern,
+    gradients: tuple[int, int],
 ) -> EventLog | None:
     """The log of the whole model, from that of the shortened one after a whole load.
 
@@ -256,7 +259,9 @@ class _Parser:
         self._log = log
         self._pattern = pattern
         self._loaded_modules = loaded_modules
-        self._position_of_layer = {l: i for i, l in enumerate(pattern.kept)}
+        self._position_of_layer = {
+            layer: position for position, layer in enumerate(pattern.kept)
+        }
         self._homes: dict[int, Home] = {}
         self._loads: dict[tuple[int | None, int], int] = {}
 
@@ -329,7 +334,7 @@ class _Parser:
         return self._pattern.position(self._log.modules[block])
 
     def _split_by_owner(self, run: Run) -> list[Run]:
-        """Releases for all layers in one go, as of autocast's copies, by their layer."""
+        """Releases for all layers in one go, as of autocast's copies, by layer."""
         tag, events = run
         runs = self._runs_by_owner(events)
         for start in range(len(runs)):
@@ -340,7 +345,8 @@ class _Parser:
         return [run]
 
     def _find_homes(self, stretch: int, item_number: int, item: _Item) -> None:
-        places: dict[int | None, list[Event]] = {None: item.events, **item.layers}
+        places: dict[int | None, list[Event]] = {None: item.events}
+        places.update(item.layers)
         for position, events in places.items():
             number = 0
             for block, num_bytes in events:
@@ -359,9 +365,7 @@ def _split_at_marks(log: EventLog) -> list[list[Event]]:
     return parts
 
 
-def _runs(
-    events: list[Event], tags: Iterator[int | None]
-) -> Iterator[Run]:
+def _runs(events: list[Event], tags: Iterator[int | None]) -> Iterator[Run]:
     run: list[Event] = []
     current: int | None = None
     for event, tag in zip(events, tags, strict=True):
@@ -423,7 +427,7 @@ def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
 
 
 def _pass_at_start(runs: list[Run], pattern: Pattern) -> list[Run]:
-    """The runs that go up or down all layers that repeat; none where there is no such."""
+    """The runs that go up or down all layers that repeat; none if there are none."""
     part: list[Run] = []
     for run in runs:
         tags = [tag for tag, _ in (*part[-2:], run)]

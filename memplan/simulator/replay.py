@@ -136,7 +136,7 @@ def _breakdown(blocks: tuple[LiveBlock, ...], allocated: int) -> dict[str, int]:
 
 
 def _peak_positions(log: EventLog) -> dict[int, int]:
-    """For each stretch between marks, the event after which most bytes were asked for."""
+    """For each stretch between marks, the event after which most bytes are live."""
     peaks: dict[int, int] = {}
     sizes, total, best, best_position = log.sizes, 0, -1, -1
     for position, (block, num_bytes) in enumerate(log.events):

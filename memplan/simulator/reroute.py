@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from memplan.recipe import Recipe
-from memplan.simulator import kernels
+from memplan.simulator import attention
 from memplan.simulator.trace import Tracer
 
 _MATRIX_PRODUCTS = (
@@ -104,8 +104,10 @@ class Reroute:
             stack.enter_context(
                 mock.patch(
                     "transformers.integrations.moe._can_use_grouped_mm",
-                    lambda *args: self._tracer.gpu.compute_capability
-                    >= _GROUPED_PRODUCT_CAPABILITY,
+                    lambda *args: (
+                        self._tracer.gpu.compute_capability
+                        >= _GROUPED_PRODUCT_CAPABILITY
+                    ),
                 )
             )
             stack.enter_context(
@@ -139,7 +141,9 @@ class Reroute:
             self._add_autocast(replaced)
         return replaced
 
-    def _add_autocast(self, replaced: dict[tuple[Any, str], Callable[..., Any]]) -> None:
+    def _add_autocast(
+        self, replaced: dict[tuple[Any, str], Callable[..., Any]]
+    ) -> None:
         for listed, cast in (
             (LOWER_PRECISION, self._to_autocast),
             (FLOAT32, self._to_float32),
@@ -158,9 +162,7 @@ class Reroute:
     def _to_float32(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return self._cast_all(args, kwargs, torch.float32)
 
-    def _cast_all(
-        self, args: Any, kwargs: Any, dtype: torch.dtype
-    ) -> tuple[Any, Any]:
+    def _cast_all(self, args: Any, kwargs: Any, dtype: torch.dtype) -> tuple[Any, Any]:
         return (
             tuple(self._cast(arg, dtype) for arg in args),
             {name: self._cast(arg, dtype) for name, arg in kwargs.items()},
@@ -190,47 +192,12 @@ class Reroute:
         key: torch.Tensor,
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Attention by the kernel that the card would take."""
-        shapes = kernels.Shapes(
-            query=tuple(query.shape),
-            key=tuple(key.shape),
-            value=tuple(value.shape),
-            dtype=str(query.dtype).removeprefix("torch."),
-            masked=attn_mask is not None,
-            causal=is_causal,
-            dropout=dropout_p,
-            grouped=enable_gqa and query.shape[1] != key.shape[1],
-            dense_rows=all(t.stride(-1) == 1 for t in (query, key, value)),
-            trains=query.requires_grad or key.requires_grad or value.requires_grad,
-        )
-        kernel = kernels.choose(self._attention, shapes, self._tracer.gpu)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = _additive(attn_mask, query.dtype)
-        if kernel == "flash":
-            return _flash(query, key, value, dropout_p, is_causal, scale)
-        if kernel == "efficient":
-            bias = _aligned(attn_mask, query, key)
-            return torch.ops.aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, shapes.trains, dropout_p, is_causal, scale=scale
-            )[0]
-        if kernel == "cudnn":
-            return torch.ops.aten._scaled_dot_product_cudnn_attention(
-                query, key, value, attn_mask, shapes.trains, dropout_p, is_causal,
-                scale=scale,
-            )[0]
-        math = _math_with_dropout if dropout_p > 0 else _math
-        self._tracer.sums_in_place = True
-        try:
-            return math(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-            )
-        finally:
-            self._tracer.sums_in_place = False
+        inputs = attention.Inputs(query, key, value, attn_mask, *args, **kwargs)
+        return attention.attend(inputs, self._attention, self._tracer)
 
 
 def _autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
@@ -250,8 +217,6 @@ def _maybe_autocast(
         return torch.amp.autocast("cuda", dtype, enabled, cache_enabled)
     return nullcontext()
 
-
-FLOAT_BYTES = 4
 
 _MAYBE_AUTOCAST = "maybe_autocast"
 
@@ -282,7 +247,7 @@ class _KeptOnHost(torch.autograd.graph.saved_tensors_hooks):
 def _copy_of_4bit_weight(weight: Any, memo: Any) -> Any:
     """A copy of the state, then of the codes (bitsandbytes, Params4bit.__deepcopy__).
 
-    The original makes an empty tensor of the host first, which cannot become a meta one.
+    The original makes an empty tensor on the host, which cannot become a meta one.
     """
     state = copy.deepcopy(weight.quant_state, memo)
     return type(weight)(
@@ -316,8 +281,8 @@ state of autocast; answered as where there is a card."""
 def _triton_like() -> Iterator[None]:
     """Lets TRL's fused head take its CUDA path, whose kernels write into its buffers.
 
-    Every label counts, so that what is picked out is all there is; autocast is asked for
-    by the device of the hidden states.
+    Every label counts, so that what is picked out is all there is; autocast is asked
+    for by the device of the hidden states.
     """
     from torch.fx.experimental import _config
     from trl.kernels import chunked_logprob
@@ -347,7 +312,9 @@ def _triton_like() -> Iterator[None]:
             )
         )
         stack.enter_context(
-            mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype_of("cuda"))
+            mock.patch.object(
+                torch, "get_autocast_dtype", lambda device: dtype_of("cuda")
+            )
         )
         yield
 
@@ -438,109 +405,3 @@ def _with_float32_result(args: Any, kwargs: Any) -> tuple[Any, Any]:
     if named or not isinstance(values, torch.Tensor) or not values.is_floating_point():
         return args, kwargs
     return args, kwargs | {"dtype": torch.float32}
-
-
-def _math(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, mask, dropout_p, is_causal, None,
-        scale=scale, enable_gqa=enable_gqa,
-    )[0]
-    return out
-
-
-def _math_with_dropout(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """`_scaled_dot_product_attention_math`, whose dropout asks for a CUDA tensor.
-
-    Names keep alive what the original's locals do.
-    """
-    matmul = torch.ops.aten.matmul
-    dtype = query.dtype
-    q, k, v = (
-        t.float() if t.element_size() < FLOAT_BYTES else t for t in (query, key, value)
-    )
-    factor = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
-    scaled = q * factor
-    if is_causal:
-        shown = torch.ones(
-            (q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device
-        ).tril()
-        mask = _additive(shown, q.dtype)
-        del shown
-    if enable_gqa:
-        groups = q.shape[-3] // k.shape[-3]
-        k, v = k.repeat_interleave(groups, -3), v.repeat_interleave(groups, -3)
-    scores = matmul(scaled, k.transpose(-2, -1) * factor)
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.ops.aten._safe_softmax(scores, -1)
-    kept = torch.ops.aten.native_dropout(weights, dropout_p, True)[0]
-    second_result = kept.to(dtype)
-    out: torch.Tensor = matmul(kept, v).to(dtype)
-    del second_result
-    return out
-
-
-def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """Heads are padded to a multiple of 8, as the composite does."""
-    head_dim = query.shape[-1]
-    scale = head_dim**-0.5 if scale is None else scale
-    missing = -head_dim % 8
-    if missing:
-        query, key, value = (F.pad(t, (0, missing)) for t in (query, key, value))
-    out = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout_p, is_causal, scale=scale
-    )[0]
-    return out[..., :head_dim] if missing else out
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask of truth values as what is added to the scores (convert_boolean_attn_mask)."""
-    shown = torch.scalar_tensor(0.0, dtype=dtype, device=mask.device)
-    hidden = torch.scalar_tensor(float("-inf"), dtype=dtype, device=mask.device)
-    return torch.where(mask, shown, hidden)
-
-
-def _aligned(
-    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
-) -> torch.Tensor | None:
-    """The mask over all heads, its rows padded where they do not begin at 16 bytes.
-
-    Padded before it is expanded, by up to a whole step (`preprocess_mask`, `pad_bias`).
-    """
-    if mask is None:
-        return None
-    length = mask.shape[-1]
-    strides = mask.stride()
-    if strides[-1] != 1 or any(stride % _MASK_STEP for stride in strides[:-1]):
-        padded = F.pad(mask, (0, _MASK_STEP - length % _MASK_STEP))
-        mask = padded[..., :length]
-    return mask.expand(*query.shape[:-1], key.shape[-2])
-
-
-_MASK_STEP = 8
-"""`mem_eff_alignment` of aten/src/ATen/native/transformers/attention.cpp."""

@@ -10,6 +10,7 @@ import bisect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -110,6 +111,16 @@ class Tracer(TorchDispatchMode):
         if storage is not None and storage.block != _NO_BLOCK:
             self.log.categories[storage.block] = category
 
+    def within(self, path: str) -> AbstractContextManager[None]:
+        """Says which module that runs without being called belongs to what follows."""
+        return self._modules.within(path)
+
+    def assign(self, tensor: torch.Tensor, path: str) -> None:
+        """Says which module a tensor belongs to."""
+        storage = self._live.get(tensor.untyped_storage()._cdata)
+        if storage is not None and storage.block != _NO_BLOCK:
+            self.log.modules[storage.block] = path
+
     def name_parameters(self, model: nn.Module) -> None:
         """Says which module parameters belong to, and what they were cast from."""
         for name, parameter in model.named_parameters():
@@ -181,7 +192,7 @@ class Tracer(TorchDispatchMode):
     def _inherit_module(
         self, block: int, args: tuple[Any, ...], result: Any, index: int
     ) -> None:
-        """Outside of modules, a tensor belongs to the module of what it is made from."""
+        """Outside of modules, a tensor belongs to that of what it is made from."""
         source = args[0] if args else None
         if isinstance(source, list | tuple):
             each = isinstance(result, list | tuple) and len(result) == len(source)
@@ -214,9 +225,7 @@ class Tracer(TorchDispatchMode):
                 return
         self.log.free(storage.block)
 
-    def _expect_sum(
-        self, storage: torch.UntypedStorage, args: tuple[Any, ...]
-    ) -> None:
+    def _expect_sum(self, storage: torch.UntypedStorage, args: tuple[Any, ...]) -> None:
         """Notes a sum of gradients, which on CUDA reuses its first addend's storage.
 
         `InputBuffer::accumulate` (torch/csrc/autograd/input_buffer.cpp) adds in place
@@ -282,6 +291,14 @@ class _ModuleTracker:
     def stop(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def within(self, path: str) -> Iterator[None]:
+        self._stack.append(path)
+        try:
+            yield
+        finally:
+            self._stack.pop()
 
     def path(self) -> str:
         node = torch._C._current_autograd_node()

@@ -208,7 +208,9 @@ def _check_fused(
 
     Source: peft.tuners.lora.layer.ParamWrapper.
     """
-    if not any(f".{target}".endswith(f".{name}") for target in targets for name in fused):
+    if not any(
+        f".{target}".endswith(f".{name}") for target in targets for name in fused
+    ):
         return
     problem = "cannot be used on fused experts: PEFT adapts them by parameter"
     remedy = "use targets attention, or name the layers"

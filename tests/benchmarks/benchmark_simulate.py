@@ -53,9 +53,7 @@ class Cost:
         return cls(
             cpu_seconds=statistics.median(cost.cpu_seconds for cost in costs),
             elapsed_seconds=statistics.median(cost.elapsed_seconds for cost in costs),
-            resident_bytes=statistics.median_low(
-                cost.resident_bytes for cost in costs
-            ),
+            resident_bytes=statistics.median_low(cost.resident_bytes for cost in costs),
         )
 
 
@@ -100,6 +98,7 @@ def imports() -> dict[str, Any]:
 
 def simulate_full() -> dict[str, Any]:
     """A full fine-tune by memplan: load, two steps, replay."""
+    imports()
     from memplan import simulator
     from memplan.catalog import inspect
     from memplan.recipe import Recipe
@@ -111,7 +110,8 @@ def simulate_full() -> dict[str, Any]:
 
 
 def simulate_full_whole() -> dict[str, Any]:
-    """The same, with every layer traced instead of one for those that are alike."""
+    """The same, with every layer traced instead of some for those that are alike."""
+    imports()
     from memplan import simulator
     from memplan.allocator import AllocatorSettings
     from memplan.catalog import inspect

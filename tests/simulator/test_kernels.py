@@ -57,9 +57,7 @@ MASKED = dataclasses.replace(LLAMA, masked=True, causal=False)
         pytest.param(MASKED, "efficient", "efficient", "cudnn", id="fp16 masked"),
     ],
 )
-def test_half_precision(
-    shapes: Shapes, turing: str, ampere: str, hopper: str
-) -> None:
+def test_half_precision(shapes: Shapes, turing: str, ampere: str, hopper: str) -> None:
     for gpu, kernel in ((T4, turing), (A100, ampere), (L4, ampere), (H100, hopper)):
         assert choose("auto", shapes, gpu) == kernel
 
@@ -106,9 +104,7 @@ def test_flash_takes_heads_up_to_256_and_of_one_size() -> None:
 
 
 def test_causal_flash_needs_as_many_keys_as_queries() -> None:
-    longer = dataclasses.replace(
-        LLAMA, key=(2, 32, 520, 128), value=(2, 32, 520, 128)
-    )
+    longer = dataclasses.replace(LLAMA, key=(2, 32, 520, 128), value=(2, 32, 520, 128))
 
     assert choose("auto", longer, A100) == "efficient"
     assert choose("auto", dataclasses.replace(longer, causal=False), A100) == "flash"

@@ -57,7 +57,9 @@ def live_bytes(log: EventLog) -> int:
     return sum(live.values())
 
 
-def test_an_unquantised_model_moves_module_by_module(architecture: Architecture) -> None:
+def test_an_unquantised_model_moves_module_by_module(
+    architecture: Architecture,
+) -> None:
     log = load(architecture, "none")
 
     assert live_bytes(log) == 2 * (LINEARS + 2 * V * H) + NORMS + BUFFERS
@@ -121,7 +123,9 @@ def test_the_warm_up_block_is_as_large_as_the_stored_weights(
     assert num_bytes == LINEARS // 2 + 2 * 2 * V * H + NORMS
 
 
-def test_a_weight_is_quantised_beside_its_16_bit_copy(architecture: Architecture) -> None:
+def test_a_weight_is_quantised_beside_its_16_bit_copy(
+    architecture: Architecture,
+) -> None:
     log = load(architecture, "nf4")
     down = "model.layers.0.mlp.down_proj"
     events = [(b, n) for b, n in log.events if b >= 0 and log.modules[b] == down]

@@ -34,7 +34,9 @@ def test_the_second_time_equals_the_first(
     second = kernels.run(func, args, kwargs)
     expected = func(*args, **kwargs)  # type: ignore[operator]
 
-    for one, other, real in zip(_flat(first), _flat(second), _flat(expected), strict=True):
+    for one, other, real in zip(
+        _flat(first), _flat(second), _flat(expected), strict=True
+    ):
         assert other is not one
         assert (other.shape, other.stride(), other.dtype) == (
             real.shape,

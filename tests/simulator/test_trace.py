@@ -102,7 +102,9 @@ def test_a_gradient_that_is_shared_is_summed_out_of_place() -> None:
 
 def test_blocks_know_their_module_in_forward_and_in_backward() -> None:
     log, tracer = trace()
-    model = nn.Sequential(nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, device="meta"))
+    model = nn.Sequential(
+        nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, device="meta")
+    )
     for parameter in model.parameters():
         tracer.hold(parameter, log.allocate(parameter.nbytes, "held"))
     tracer.name_modules(model)

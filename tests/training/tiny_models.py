@@ -18,6 +18,9 @@ from memplan.training.values import materialize
 
 CPU = torch.device("cpu")
 
+# For models this small, threads cost more time than they save.
+torch.set_num_threads(1)
+
 _SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -77,7 +77,7 @@ class Call:
         return self._result
 
     def give(self, result: Any, order: tuple[int, ...] | None = None) -> None:
-        """Makes `result` the operator's outputs, allocated in that order if it is given.
+        """Makes `result` the operator's outputs, allocated in that order if given.
 
         For operators whose meta kernel does not run, or returns what CUDA keeps on the
         host.

@@ -103,13 +103,11 @@ def _grouped_output(
     else:
         groups = first.shape[0] if offsets is None else offsets.numel()
         shape, strides = (groups, rows, columns), (rows * padded, padded, 1)
-    return torch.empty_strided(
-        shape, strides, dtype=first.dtype, device=first.device
-    )
+    return torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
 
 
 def is_readable(matrix: torch.Tensor) -> bool:
-    """Whether cuBLAS reads the matrix in place: its last two sides row- or column-major.
+    """Whether cuBLAS reads the matrix in place: its last sides row- or column-major.
 
     The batch stride may be anything, 0 included.
     """

@@ -1,6 +1,6 @@
 """bitsandbytes' CUDA operators.
 
-Source: bitsandbytes `backends/cuda/ops.py`: `gemm_4bit` with `_dequant_linear_fallback`,
+Source: bitsandbytes `backends/cuda/ops.py`: `gemm_4bit`, `_dequant_linear_fallback`,
 `int8_vectorwise_quant`, `int8_mixed_scaled_mm`, `int8_scaled_mm`.
 """
 
@@ -148,7 +148,7 @@ def _fused_heuristic(card: tuple[int, int, int]) -> Callable[..., bool]:
         "_GEMM_4BIT_CUSTOM_FLOOR_M": 4,
         "_gpu_dispatch_props": lambda index: card,
     }
-    code = compile(ast.Module(functions, []), str(folder / "ops.py"), "exec")
+    code = compile(ast.Module([*functions], []), str(folder / "ops.py"), "exec")
     exec(code, scope)
     heuristic: Callable[..., bool] = scope[name]
     return heuristic

@@ -132,7 +132,9 @@ def _ctas(
 
 def _reduces_fastest(values: torch.Tensor, dims: Sequence[int]) -> bool:
     """Whether the reduced sides are the ones that lie closest in memory."""
-    kept = [d for d in range(values.dim()) if d not in set(dims) and values.shape[d] > 1]
+    kept = [
+        d for d in range(values.dim()) if d not in set(dims) and values.shape[d] > 1
+    ]
     if not kept:
         return True
     reduced = [values.stride(d) for d in dims if values.shape[d] > 1]

@@ -1,0 +1,293 @@
+"""Traces the moments of a fine-tune's life that lie outside of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memplan import optimizers
+from memplan.architecture import Architecture
+from memplan.recipe import Recipe
+from memplan.simulator.events import EventLog
+from memplan.simulator.trace import PEFT_PREFIX, Tracer
+from memplan.training import life as training_life
+from memplan.training.life import CARD, Evaluation, Generation, Life
+from memplan.training.model import trained_parameters
+from memplan.training.step import Loop
+
+WHOLE_FORWARDS = 2
+"""Batches of an evaluation that are run at its beginning; then the last one is."""
+
+WHOLE_DECODES = 2
+"""Tokens at the end of a generation that are run."""
+
+GROWING_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""The layers of a cache that hold keys and values alone (transformers.cache_utils)."""
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class LifeTracer:
+    """Runs what of a life is asked for, each moment a phase that is announced."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        architecture: Architecture,
+        tracer: Tracer,
+        phase: Phase,
+    ) -> None:
+        self._model = model
+        self._recipe = recipe
+        self._vocab_size = architecture.vocab_size
+        self._tracer = tracer
+        self._phase = phase
+
+    def before_steps(self, life: Life, loop: Loop) -> None:
+        """Resumes, where the life begins at a checkpoint."""
+        if life.resumes:
+            with self._phase("resume"):
+                self._resume(loop)
+
+    def after_steps(self, life: Life) -> None:
+        """Evaluates, generates, saves and merges, while the loop is still held."""
+        if life.evaluation is not None:
+            with self._phase("evaluate"):
+                self._evaluate(life.evaluation)
+        if life.generation is not None:
+            with self._phase("generate"):
+                self._generate(life.generation)
+        if life.saves:
+            with self._phase("save"), _unwritten(), tempfile.TemporaryDirectory() as at:
+                training_life.save(self._model, at)
+        if life.merge == CARD:
+            with self._phase("merge"), _quantising(self._tracer):
+                self._merge()
+
+    def _resume(self, loop: Loop) -> None:
+        trained = trained_parameters(self._model)
+        state = _saved_state(trained, self._recipe, self._tracer)
+        training_life.resume(self._model, loop.optimizer, self._read_adapters, state)
+        paths = _paths_of_parameters(self._model)
+        for parameter, tensors in loop.optimizer.state.items():
+            for tensor in tensors.values():
+                if isinstance(tensor, Tensor):
+                    self._tracer.assign(tensor, paths[parameter])
+
+    def _read_adapters(self) -> dict[str, Tensor]:
+        """The file's tensors on the card, one after another (safetensors load_file)."""
+        import peft
+
+        read = {}
+        for name, tensor in peft.get_peft_model_state_dict(self._model).items():
+            path = name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
+            with self._tracer.within(path):
+                read[name] = torch.empty_like(tensor)
+        return read
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        arguments = (self._model, self._recipe, self._vocab_size, evaluation)
+        _FewForwards(*arguments).run()
+
+    def _generate(self, generation: Generation) -> None:
+        arguments = (self._model, self._recipe, self._vocab_size, generation)
+        _FewTokens(*arguments, tracer=self._tracer).run()
+
+    def _merge(self) -> None:
+        with ExitStack() as stack:
+            for path, module in self._model.named_modules():
+                if hasattr(module, "base_layer") and hasattr(module, "merge"):
+                    merge = _within(self._tracer, path, module.merge)
+                    stack.enter_context(mock.patch.object(module, "merge", merge))
+            training_life.merge(self._model)
+
+
+class _FewForwards(training_life.Evaluator):
+    """An evaluation in which batches amid others are not run: they are all alike."""
+
+    def predict(self, index: int) -> list[Tensor]:
+        last = self._evaluation.num_batches - 1
+        if WHOLE_FORWARDS <= index < last:
+            return [
+                torch.empty(shape, dtype=dtype, device=self._device)
+                for shape, dtype in self._shapes
+            ]
+        predicted = super().predict(index)
+        self._shapes = [(tensor.shape, tensor.dtype) for tensor in predicted]
+        return predicted
+
+
+class _FewTokens(training_life.Generator):
+    """A generation of which the first token and the last two are run.
+
+    In between the cache alone grows: what else a token takes is small, and gone before
+    the next.
+    """
+
+    def __init__(self, *arguments: Any, tracer: Tracer) -> None:
+        super().__init__(*arguments)
+        self._tracer = tracer
+
+    def complete(self) -> None:
+        self.read_prompts()
+        whole = self.num_tokens - 1
+        if all(_grows_alone(cache) for cache in self.caches.values()):
+            whole = min(WHOLE_DECODES, whole)
+        for _ in range(self.num_tokens - 1 - whole):
+            self._grow()
+        for _ in range(whole):
+            self.decode()
+
+    def _grow(self) -> None:
+        for cache in self.caches.values():
+            layers = getattr(cache, "layers", ())
+            for path, layer in zip(self._paths(len(layers)), layers, strict=True):
+                if getattr(layer, "keys", None) is not None:
+                    with self._tracer.within(path):
+                        _append(layer)
+        batch_size = self._tokens.shape[0]
+        self.append(self._tokens.new_empty(batch_size, 1))
+
+    def _paths(self, count: int) -> list[str]:
+        """The modules that the layers of a cache belong to."""
+        paths = [""] * count
+        for path, module in self._model.named_modules():
+            index = getattr(module, "layer_idx", None)
+            if isinstance(index, int) and index < count:
+                paths[index] = paths[index] or path
+        return paths
+
+
+def _grows_alone(cache: Any) -> bool:
+    """Whether nothing grows in a cache but keys and values, joined to new ones.
+
+    States of recurrent layers do not grow.
+    """
+    layers = getattr(cache, "layers", ())
+    return all(
+        getattr(layer, "keys", None) is None or type(layer).__name__ in GROWING_LAYERS
+        for layer in layers
+    )
+
+
+def _append(layer: Any) -> None:
+    """One more token in a layer of a cache, by the layer's own code."""
+    keys, values = layer.keys, layer.values
+    new = (keys.new_empty(*keys.shape[:-2], 1, keys.shape[-1]),)
+    new += (values.new_empty(*values.shape[:-2], 1, values.shape[-1]),)
+    del keys, values
+    layer.update(*new)
+
+
+def _within(
+    tracer: Tracer, path: str, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with tracer.within(path.removeprefix(PEFT_PREFIX)):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _paths_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {
+        parameter: name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _saved_state(
+    parameters: list[nn.Parameter], recipe: Recipe, tracer: Tracer
+) -> dict[str, Any]:
+    """An optimizer's state as a checkpoint holds it, on the host: that after a step."""
+    with _disable_current_modes(), Tracer(tracer.gpu, EventLog(), padded=False):
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = optimizers.find(recipe.optimizer).build(parameters)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for parameter in parameters:
+            parameter.grad = None
+    with _disable_current_modes():
+        saved["state"] = {
+            index: {name: _on_host(value) for name, value in tensors.items()}
+            for index, tensors in saved["state"].items()
+        }
+    return saved
+
+
+def _on_host(value: Any) -> Any:
+    """A tensor of the host with the shape of a meta one, that takes no memory there."""
+    if not isinstance(value, Tensor) or value.device.type != "meta":
+        return value
+    return torch.empty((), dtype=value.dtype).expand(value.shape)
+
+
+@contextlib.contextmanager
+def _unwritten() -> Iterator[None]:
+    """Lets transformers and PEFT save without writing tensors, and without a bar."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    with ExitStack() as stack:
+        for target in ("peft.peft_model", "transformers.modeling_utils"):
+            stack.enter_context(
+                mock.patch(f"{target}.safe_save_file", lambda *args, **kwargs: None)
+            )
+        yield
+    if was_enabled:
+        logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quantising(tracer: Tracer) -> Iterator[None]:
+    """Lets bitsandbytes quantise meta tensors as what comes from the host to the card.
+
+    PEFT sends merged weights to the host and back, where their arrival on the card
+    quantises them (Params4bit.to, Int8Params.to); `_quantize` itself runs as it is.
+    """
+    from bitsandbytes import functional
+    from bitsandbytes import nn as bnb_nn
+
+    def to_host(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args != ("cpu",):
+            return original_to(tensor, *args, **kwargs)
+        with _disable_current_modes():
+            copy = torch.empty_like(tensor, device="meta", requires_grad=False)
+        tracer.ignore(copy)
+        return copy
+
+    def to_card_4bit(weight: Any, device: torch.device) -> Any:
+        weight.data = torch.empty_like(weight.data)
+        return weight._quantize(device)
+
+    def to_card_int8(weight: Any, device: torch.device) -> Any:
+        weight.data = torch.empty_like(weight.data, dtype=torch.float16)
+        return weight._quantize(device)
+
+    original_to = Tensor.to
+    with (
+        mock.patch.object(Tensor, "to", to_host),
+        mock.patch.object(bnb_nn.Params4bit, "to", to_card_4bit),
+        mock.patch.object(bnb_nn.Int8Params, "to", to_card_int8),
+        mock.patch.dict(functional.name2qmap, _maps(tracer)),
+    ):
+        yield
+
+
+def _maps(tracer: Tracer) -> dict[str, Tensor]:
+    """The map that quantised absmax values are read by, which the load has left."""
+    with _disable_current_modes():
+        dynamic = torch.empty(256, dtype=torch.float32, device="meta")
+    tracer.ignore(dynamic)
+    return {"dynamic": dynamic}

@@ -1,0 +1,382 @@
+"""A fine-tune beside its steps: evaluated, generating, saved, merged, resumed.
+
+Each is done as a script or its trainer does it, by the same library calls, over meta
+tensors, where its allocations are traced, or over real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memplan.architecture import Architecture
+from memplan.errors import InputError
+from memplan.recipe import Recipe
+from memplan.training.batch import make_batch
+from memplan.training.loss import read_loss, run_forward
+
+EVALUATION_BATCH = 8
+"""Sequences of an evaluation's batch (TrainingArguments.per_device_eval_batch_size)."""
+
+EVALUATION_BATCHES = 2
+"""The fewest after which what an evaluation keeps has been joined once."""
+
+GENERATED_TOKENS = 256
+"""Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
+
+CARD = "card"
+HOST = "host"
+MERGE_PLACES = (CARD, HOST)
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state")
+"""Where models keep what generation hands from one token to the next, in outputs and in
+arguments (transformers.generation.utils, ALL_CACHE_NAMES)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """An evaluation after the last step."""
+
+    batch_size: int
+    num_batches: int = EVALUATION_BATCHES
+    keeps_logits: bool = True
+    """Whether logits and labels stay on the card until it is over, besides losses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """The completion of a batch of prompts, each as long as the recipe's sequences."""
+
+    batch_size: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Life:
+    """What a fine-tune goes through besides load, adaptation and steps."""
+
+    evaluation: Evaluation | None = None
+    generation: Generation | None = None
+    saves: bool = False
+    merge: str | None = None
+    """Where adapters are merged, `card` or `host`; None where they are not."""
+    resumes: bool = False
+    """Whether adapters and the optimizer's state come from a checkpoint."""
+
+
+NO_LIFE = Life()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LifeOptions:
+    """What of a fine-tune's life is asked for; `whole` asks for all of it."""
+
+    whole: bool = False
+    eval_batch: int | None = None
+    eval_batches: int | None = None
+    prediction_loss_only: bool = False
+    generate: int | None = None
+    save: bool = False
+    merge: str | None = None
+    resume: bool = False
+
+    def choose(self, architecture: Architecture, recipe: Recipe) -> Life:
+        """The life that is asked for; raises InputError for what cannot be done."""
+        prompts = recipe.batch_size if recipe.trainer == "plain" else EVALUATION_BATCH
+        batch_size = self.eval_batch or prompts
+        trains_adapters = recipe.method != "full"
+        if self.merge is not None and not trains_adapters:
+            raise InputError(
+                "--merge",
+                self.merge,
+                "has nothing to merge: method full trains the weights themselves",
+                "leave it out",
+            )
+        return Life(
+            evaluation=self._evaluation(batch_size),
+            generation=self._generation(batch_size, architecture, recipe),
+            saves=self.save or self.whole,
+            merge=self.merge or (CARD if self.whole and trains_adapters else None),
+            resumes=self.resume or self.whole,
+        )
+
+    def _evaluation(self, batch_size: int) -> Evaluation | None:
+        asked = self.eval_batch or self.eval_batches or self.prediction_loss_only
+        if not asked and not self.whole:
+            return None
+        return Evaluation(
+            batch_size=batch_size,
+            num_batches=self.eval_batches or EVALUATION_BATCHES,
+            keeps_logits=not self.prediction_loss_only,
+        )
+
+    def _generation(
+        self, batch_size: int, architecture: Architecture, recipe: Recipe
+    ) -> Generation | None:
+        """The tokens that are asked for; by default at most what there is room for."""
+        room = _room(architecture, recipe)
+        num_tokens = self.generate
+        if num_tokens is None:
+            num_tokens = min(GENERATED_TOKENS, room) if self.whole else 0
+        elif num_tokens > room:
+            raise InputError(
+                "--generate",
+                num_tokens,
+                f"tokens do not fit behind prompts of {recipe.sequence_length}, as "
+                f"{architecture.name} has but {architecture.max_positions} positions",
+                f"give at most {room}, or a shorter --sequence-length",
+            )
+        if num_tokens <= 0:
+            return None
+        return Generation(batch_size=batch_size, num_tokens=num_tokens)
+
+
+def evaluate(
+    model: nn.Module, recipe: Recipe, vocab_size: int, evaluation: Evaluation
+) -> None:
+    """Evaluates on that many batches and leaves the model as it was."""
+    Evaluator(model, recipe, vocab_size, evaluation).run()
+
+
+class Evaluator:
+    """An evaluation loop: batch after batch without gradients.
+
+    Trainers join what they keep batch by batch (transformers, Trainer.evaluation_loop
+    with `eval_accumulation_steps` None, EvalLoopContainer); a bare loop lists it.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, vocab_size: int, evaluation: Evaluation
+    ) -> None:
+        self._model = model
+        self._recipe = dataclasses.replace(recipe, batch_size=evaluation.batch_size)
+        self._vocab_size = vocab_size
+        self._evaluation = evaluation
+        self._device = next(model.parameters()).device
+
+    def run(self) -> None:
+        was_training = self._model.training
+        self._model.eval()
+        kept: Any = None
+        for index in range(self._evaluation.num_batches):
+            # The last batch's predictions live on while the next are computed, as the
+            # loop variables of Trainer.evaluation_loop do.
+            predicted = self.predict(index)
+            kept = self._keep(kept, predicted)
+        del kept
+        self._model.train(was_training)
+
+    def predict(self, index: int) -> list[Tensor]:
+        """The loss of a batch, and its logits and labels where they are kept."""
+        recipe, model = self._recipe, self._model
+        batch = make_batch(recipe, self._vocab_size, self._device)
+        with torch.no_grad():
+            with autocast(recipe, self._device):
+                outputs = run_forward(model, batch, recipe)
+            outputs, loss = read_loss(outputs, recipe)
+            loss = loss.detach().mean()
+            if not self._evaluation.keeps_logits:
+                return [loss]
+            logits = outputs.get("logits")
+            if logits is None:
+                outputs = self._forward_to_logits(batch)
+                logits = outputs["logits"]
+        return [loss, logits.detach(), batch["labels"]]
+
+    def _forward_to_logits(self, batch: dict[str, Tensor]) -> Any:
+        """A second forward, where the loss has no logits (SFTTrainer.compute_loss)."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with autocast(self._recipe, self._device):
+            outputs = self._model(**inputs)
+        return _handed_on(outputs, self._recipe)
+
+    def _keep(self, kept: Any, predicted: list[Tensor]) -> Any:
+        if self._recipe.trainer == "plain":
+            return [*(kept or []), predicted]
+        from transformers.trainer_pt_utils import nested_concat
+
+        loss, *others = predicted
+        # The loss stands for each of the batch's sequences.
+        new = [loss.repeat(self._evaluation.batch_size), *others]
+        if kept is None:
+            return new
+        for index, tensor in enumerate(new):
+            kept[index] = nested_concat(kept[index], tensor)
+        return kept
+
+
+def generate(
+    model: nn.Module, recipe: Recipe, vocab_size: int, generation: Generation
+) -> None:
+    """Completes a batch of prompts greedily, and leaves the model as it was."""
+    Generator(model, recipe, vocab_size, generation).run()
+
+
+class Generator:
+    """Greedy generation with a cache (transformers, GenerationMixin._sample).
+
+    PEFT hands it to the model below, which accelerate's autocast does not wrap.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, vocab_size: int, generation: Generation
+    ) -> None:
+        self._owner = model
+        self._model = unwrapped(model)
+        wrapped = recipe.trainer != "plain" and self._model is model
+        self._recipe = dataclasses.replace(
+            recipe,
+            batch_size=generation.batch_size,
+            autocast=recipe.autocast if wrapped else "none",
+        )
+        self._vocab_size = vocab_size
+        self.num_tokens = generation.num_tokens
+        self._device = next(model.parameters()).device
+        self._tokens: Tensor
+        self._mask: Tensor
+        self._scores: Tensor
+        """Of the last token; they live on while the next are computed."""
+        self.caches: dict[str, Any] = {}
+        """What goes from one token to the next, by the name of the argument."""
+
+    @torch.no_grad()
+    def run(self) -> None:
+        was_training = self._owner.training
+        self._owner.eval()
+        self.complete()
+        self.caches = {}
+        del self._tokens, self._mask, self._scores
+        self._owner.train(was_training)
+
+    def complete(self) -> None:
+        """Reads the prompts, then makes token after token."""
+        self.read_prompts()
+        for _ in range(1, self.num_tokens):
+            self.decode()
+
+    def read_prompts(self) -> None:
+        """Fills the cache, and makes the first token."""
+        batch = make_batch(self._recipe, self._vocab_size, self._device)
+        self._tokens = batch["input_ids"]
+        given = batch.get("attention_mask")
+        self._mask = torch.ones_like(self._tokens) if given is None else given
+        del batch, given
+        self._take(self._forward(self._tokens))
+
+    def decode(self) -> None:
+        """Makes one more token."""
+        self._take(self._forward(self._tokens[:, -1:]))
+
+    def _forward(self, tokens: Tensor) -> Any:
+        arguments = {"logits_to_keep": 1} if _keeps_few_logits(self._model) else {}
+        with autocast(self._recipe, self._device):
+            outputs = self._model(
+                input_ids=tokens,
+                attention_mask=self._mask,
+                use_cache=True,
+                **self.caches,
+                **arguments,
+            )
+        return _handed_on(outputs, self._recipe)
+
+    def _take(self, outputs: Any) -> None:
+        self.caches = {
+            name: outputs[name]
+            for name in CACHE_NAMES
+            if name in outputs and outputs[name] is not None
+        }
+        self._scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        token = torch.argmax(self._scores, dim=-1)
+        self.append(token[:, None])
+
+    def append(self, tokens: Tensor) -> None:
+        """Takes new tokens (B, n) as made."""
+        self._tokens = torch.cat([self._tokens, tokens], dim=-1)
+        self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=-1)
+
+
+def save(model: nn.Module, folder: str) -> None:
+    """Saves what was trained: adapters alone, or the whole model."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The model below the adapters, with these merged into its weights.
+
+    Raises InputError for adapters that PEFT cannot merge.
+    """
+    try:
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        problem = f"cannot be done with these adapters ({error})"
+        raise InputError("--merge", CARD, problem, "leave it out") from error
+    return merged
+
+
+def resume(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    read_adapters: Callable[[], dict[str, Tensor]],
+    optimizer_state: dict[str, Any],
+) -> None:
+    """Takes adapters and the optimizer's state from a checkpoint, as Trainer does.
+
+    PEFT reads adapters onto the card beside those they are copied to (`load_adapter`).
+    Whole models are read on the host and copied, which takes nothing on the card, and
+    so is the optimizer's state (Trainer._load_from_checkpoint and
+    _load_optimizer_and_scheduler). `read_adapters` gives tensors on the model's device,
+    `optimizer_state` holds tensors of the host.
+    """
+    if unwrapped(model) is not model:
+        from peft import set_peft_model_state_dict
+
+        weights = read_adapters()
+        set_peft_model_state_dict(model, weights)
+        del weights
+    optimizer.load_state_dict(optimizer_state)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers below PEFT's wrapper; the model itself without one."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    base: nn.Module = model.get_base_model()
+    return base
+
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """The recipe's autocast on a device; that of the card for meta tensors."""
+    if recipe.autocast == "none":
+        return contextlib.nullcontext()
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.autocast(kind, getattr(torch, recipe.autocast))
+
+
+def _handed_on(outputs: Any, recipe: Recipe) -> Any:
+    """The outputs in float32 where accelerate wraps the model's forward."""
+    if recipe.trainer == "plain" or recipe.autocast == "none":
+        return outputs
+    from accelerate.utils.operations import convert_to_fp32
+
+    return convert_to_fp32(outputs)
+
+
+def _keeps_few_logits(model: nn.Module) -> bool:
+    """Whether the model computes the logits of its last token alone if asked to."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _room(architecture: Architecture, recipe: Recipe) -> int:
+    """Tokens that may follow a prompt before the learned positions end."""
+    if not architecture.learned_positions or architecture.max_positions is None:
+        return sys.maxsize
+    return architecture.max_positions - recipe.sequence_length
