@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import os
@@ -11,6 +12,7 @@ from unittest import mock
 
 import click
 
+from memplan import results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
@@ -29,6 +31,7 @@ from memplan.gpu import Gpu
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal
+from memplan.simulation import Simulation
 
 
 @click.command(cls=RecipeCommand)
@@ -89,14 +92,31 @@ def _run(
     settings: AllocatorSettings,
     *,
     quiet: bool,
-) -> Any:
+) -> Simulation:
+    """The simulation, as it was kept from an earlier run or run now."""
+    name = results.key(
+        {
+            "architecture": architecture.to_json(),
+            "recipe": recipe.to_json(),
+            "gpu": None if gpu is None else gpu.to_json(),
+            "allocator": dataclasses.asdict(settings),
+        },
+        json.versions(),
+    )
+    known = results.load(name)
+    if known is not None:
+        return known
     with (
         terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told,
         without_compiler(),
     ):
         told("imports")
         simulator = import_simulator(recipe)
-        return simulator.run(architecture, recipe, gpu, settings, told)
+        simulation: Simulation = simulator.run(
+            architecture, recipe, gpu, settings, told
+        )
+    results.keep(name, simulation)
+    return simulation
 
 
 def without_compiler() -> AbstractContextManager[Any]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.reporters import terminal
+from memplan.simulation import Simulation
 from memplan.units import format_bytes, format_count
-
-if TYPE_CHECKING:
-    from memplan.simulator import Simulation
 
 BAR_WIDTH = 24
 """Characters of the longest bar."""

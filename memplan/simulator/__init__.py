@@ -20,6 +20,7 @@ from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
+from memplan.simulation import Simulation
 from memplan.simulator.events import EventLog
 from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
@@ -30,7 +31,7 @@ from memplan.simulator.repetition import (
     multiplicity,
     shorten,
 )
-from memplan.simulator.replay import LiveBlock, Replay, replay
+from memplan.simulator.replay import Replay, replay
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import model as training_model
@@ -63,28 +64,6 @@ class Trace:
     """How often each operator ran."""
     num_traced_layers: int | None
     """Layers that were run for all of their stack; None where every layer was."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Simulation:
-    """A simulated fine-tune: its footprint, and what lay in memory at the peak."""
-
-    footprint: Footprint
-    total_parameters: int
-    trainable_parameters: int
-    peak_blocks: tuple[LiveBlock, ...]
-    """Blocks live at the peak; the last is the one whose allocation reached it."""
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        return {
-            "total": self.total_parameters,
-            "trainable": self.trainable_parameters,
-        }
-
-    def largest(self, count: int) -> list[LiveBlock]:
-        """The largest blocks that were live at the peak."""
-        return sorted(self.peak_blocks, key=lambda block: -block.num_bytes)[:count]
 
 
 def simulate(

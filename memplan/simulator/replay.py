@@ -9,18 +9,8 @@ from typing import Any
 
 from memplan.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
 from memplan.footprint import Moment
+from memplan.simulation import LiveBlock
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LiveBlock:
-    """A block that was live at a peak."""
-
-    num_bytes: int
-    """Bytes handed out, rounded as the allocator does."""
-    category: str
-    operator: str
-    module: str
 
 
 @dataclass(slots=True)
