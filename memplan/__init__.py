@@ -1,7 +1,8 @@
 """memplan: how much GPU memory a fine-tune takes, and what to run so that it fits.
 
 The nouns are `Architecture`, `Recipe`, `Gpu` and `Footprint`; `inspect` reads a model
-into an `Architecture`, `find_gpu` a card's name into a `Gpu`.
+into an `Architecture`, `find_gpu` a card's name into a `Gpu`, and `simulate` turns the
+three into a `Footprint`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from memplan.footprint import Footprint, Moment
     from memplan.gpu import Gpu, find_gpu
     from memplan.recipe import Recipe
+    from memplan.simulator import simulate
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __all__ = [
     "Recipe",
     "find_gpu",
     "inspect",
+    "simulate",
 ]
 
 _MODULES = {
@@ -41,6 +44,7 @@ _MODULES = {
     "Recipe": "recipe",
     "find_gpu": "gpu",
     "inspect": "catalog",
+    "simulate": "simulator",
 }
 
 

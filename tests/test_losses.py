@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """A plain head; a tied one; soft caps; a bias; logits multiplied; logits divided."""
 
-TORCH_LOSSES = ("chunked", "chunked-nll")
+TORCH_LOSSES = ("chunked", "chunked-logits", "chunked-nll")
 KERNELS = ("liger", "cut")
 
 
@@ -177,10 +177,10 @@ def test_kernels_refuse_biases_and_scaled_logits(name: str, family: str) -> None
         losses.find(name).prepare(tiny(family))
 
 
-HEADLESS = [*TORCH_LOSSES, *KERNELS]
+READING_WEIGHTS = ["chunked", "chunked-nll", *KERNELS]
 
 
-@pytest.mark.parametrize("name", HEADLESS)
+@pytest.mark.parametrize("name", READING_WEIGHTS)
 def test_head_that_is_more_than_a_weight_is_refused(name: str) -> None:
     import bitsandbytes as bnb
 
@@ -191,7 +191,7 @@ def test_head_that_is_more_than_a_weight_is_refused(name: str) -> None:
         losses.find(name).prepare(model)
 
 
-@pytest.mark.parametrize("name", HEADLESS)
+@pytest.mark.parametrize("name", READING_WEIGHTS)
 def test_adapter_beside_the_head_is_refused(name: str) -> None:
     model = tiny("llama")
     losses.find(name).prepare(model)

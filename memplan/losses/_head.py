@@ -1,4 +1,4 @@
-"""A model whose forward ends before its head, which the loss reads for itself."""
+"""A model whose forward ends before its head, which the loss computes for itself."""
 
 # transformers is untyped to the checker.
 # mypy: allow-subclassing-any
@@ -41,11 +41,21 @@ class Scaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """What stands for the head: its weight (V, H), its bias, what is done to logits."""
+    """The head as a layer, and what is done to its logits."""
 
-    weight: Tensor
-    bias: Tensor | None
+    layer: Any
     scaling: Scaling
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H)."""
+        weight: Tensor = self.layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layer.bias
+        return bias
 
 
 @dataclass
@@ -62,39 +72,52 @@ Compute = Callable[[Tensor, Head, Tensor], LossOutput]
 
 
 def replace_forward(
-    model: Any, loss: str, compute: Compute, *, in_evaluation: bool = True
+    model: Any,
+    loss: str,
+    compute: Compute,
+    *,
+    plain: bool = True,
+    in_evaluation: bool = True,
 ) -> None:
     """Lets a model with labels run its body, then `compute`; without them, as before.
 
-    `in_evaluation` says whether labels count outside of training, too.
+    `plain` says whether the head must be a plain linear layer, and `in_evaluation`
+    whether the loss is computed so outside of training too; a caller may say otherwise
+    by `skip_logits`, as Trainer does where it evaluates for the loss alone.
     """
-    check_head(model, loss)
+    check_head(model, loss, plain=plain)
     scaling = scaling_of(model.config)
     original = model.forward
 
     @functools.wraps(type(model).forward)
     def forward(
-        self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
-        if labels is None or not (self.training or in_evaluation):
+        if skip_logits is None:
+            skip_logits = self.training or in_evaluation
+        if labels is None or not skip_logits:
             return original(*args, labels=labels, **kwargs)
         outputs = self.base_model(*args, **kwargs | {"use_cache": False})
-        head = check_head(self, loss)
-        described = Head(weight=head.weight, bias=head.bias, scaling=scaling)
-        return compute(outputs.last_hidden_state, described, labels)
+        head = Head(layer=check_head(self, loss, plain=plain), scaling=scaling)
+        return compute(outputs.last_hidden_state, head, labels)
 
     model.forward = types.MethodType(forward, model)
 
 
-def check_head(model: Any, loss: str) -> Any:
-    """The model's head, if it is a plain linear layer; raises InputError if not.
+def check_head(model: Any, loss: str, *, plain: bool = True) -> Any:
+    """The model's head; raises InputError where it is not `plain` but has to be.
 
-    What reads the head's weight would drop what else the head does: an adapter beside
-    it, a normalisation, a quantised weight. One that is trained whole is plain.
+    What reads the weight of a linear head would drop what else the head does: an
+    adapter beside it, a normalisation, a quantised weight. One that is trained whole is
+    plain.
     """
     head = model.get_output_embeddings()
-    plain = type(getattr(head, "original_module", head)) is nn.Linear
-    if not plain or model.base_model is model:
+    linear = type(getattr(head, "original_module", head)) is nn.Linear
+    if (plain and not linear) or head is None or model.base_model is model:
         raise InputError(
             "loss",
             loss,

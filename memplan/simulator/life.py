@@ -100,7 +100,8 @@ class LifeTracer:
 
     def _generate(self, generation: Generation) -> None:
         arguments = (self._model, self._recipe, self._vocab_size, generation)
-        _FewTokens(*arguments, tracer=self._tracer).run()
+        with _numbered(self._model):
+            _FewTokens(*arguments, tracer=self._tracer).run()
 
     def _merge(self) -> None:
         with ExitStack() as stack:
@@ -109,6 +110,22 @@ class LifeTracer:
                     merge = _within(self._tracer, path, module.merge)
                     stack.enter_context(mock.patch.object(module, "merge", merge))
             training_life.merge(self._model)
+
+
+@contextlib.contextmanager
+def _numbered(model: nn.Module) -> Iterator[None]:
+    """Numbers the layers of a shortened model without gaps, as a cache counts them."""
+    numbers: dict[nn.Module, int] = {
+        module: module.layer_idx  # type: ignore[misc]
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    }
+    ranks = {number: rank for rank, number in enumerate(sorted({*numbers.values()}))}
+    for module, number in numbers.items():
+        module.layer_idx = ranks[number]  # type: ignore[assignment]
+    yield
+    for module, number in numbers.items():
+        module.layer_idx = number  # type: ignore[assignment]
 
 
 class _FewForwards(training_life.Evaluator):

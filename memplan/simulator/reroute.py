@@ -375,7 +375,8 @@ def _dropout(
 ) -> torch.Tensor:
     if not training or p == 0.0:
         return input
-    return torch.ops.aten.native_dropout(input, p, True)[0]
+    out: torch.Tensor = torch.ops.aten.native_dropout(input, p, True)[0]
+    return out
 
 
 def _softmax(

@@ -6,9 +6,6 @@ import torch
 
 from memplan.recipe import Recipe
 
-TOKEN = 1
-"""Any token does: memory does not depend on which."""
-
 
 def make_batch(
     recipe: Recipe, vocab_size: int, device: torch.device

@@ -38,7 +38,8 @@ def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
         name=architecture.name, origin="catalog", config=dict(architecture.config)
     )
     config = build_config(source)
-    config.use_cache = False
+    # A model with towers reads its decoder's own part of the configuration.
+    config.use_cache = config.get_text_config().use_cache = False
     dtype = getattr(torch, recipe.dtype)
     model: nn.Module = build_meta_model(
         architecture.name, config, dtype=dtype, **_attention(architecture, recipe)

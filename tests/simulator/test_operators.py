@@ -306,9 +306,7 @@ def _grouped(gpu: Gpu, dtype: torch.dtype) -> list[int]:
     """1000 rows of 16 by 64 matrices of 16 x 20."""
     weights = meta(64, 20, 16, dtype=dtype).transpose(1, 2)
     offsets = meta(64, dtype=torch.int32)
-    return sizes(
-        gpu, aten._grouped_mm, meta(1000, 16, dtype=dtype), weights, offsets
-    )
+    return sizes(gpu, aten._grouped_mm, meta(1000, 16, dtype=dtype), weights, offsets)
 
 
 def test_embedding_backward_sorts_above_3072_indices() -> None:
@@ -437,9 +435,7 @@ def _layer_norm_backward(rows: int) -> list[int]:
 
 def test_triangular_systems_are_solved_by_address() -> None:
     systems = meta(100, 64, 64)
-    found = sizes(
-        A100, torch.linalg.solve_triangular, systems, systems, upper=False
-    )
+    found = sizes(A100, torch.linalg.solve_triangular, systems, systems, upper=False)
 
     assert found == [100 * 64 * 64 * 4, 800, 800, WORKSPACE, -800, -800]
 
