@@ -22,6 +22,7 @@ driver's own rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -155,6 +156,15 @@ class AllocatorSettings:
             throw_on_cudamalloc_oom=_flag(values, "throw_on_cudamalloc_oom"),
         )
 
+    def to_text(self) -> str:
+        """The settings that differ from torch's defaults, as `parse` reads them."""
+        entries = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                entries.append(_entry(field.name, value))
+        return ",".join(entries)
+
     @property
     def rounds_to_powers(self) -> bool:
         """Whether any size rounds up to a step between powers of two."""
@@ -182,6 +192,22 @@ class AllocatorSettings:
             last = index
         return tuple(steps)
 
+
+def environment_variable(torch_version: str) -> str:
+    """The name of the variable that a torch of that version reads the settings from.
+
+    From 2.13 on CUDA's allocator reads two names, CUDA's own first; before, the other
+    one is unknown or does not reach expandable_segments (CUDAAllocatorConfig.h,
+    pytorch#183387).
+    """
+    major, minor = re.findall("[0-9]+", torch_version)[:2]
+    if (int(major), int(minor)) < FIRST_WITH_NEW_NAME:
+        return "PYTORCH_CUDA_ALLOC_CONF"
+    return "PYTORCH_ALLOC_CONF"
+
+
+FIRST_WITH_NEW_NAME = (2, 13)
+"""The first torch whose source was seen to read all keys under the new name."""
 
 _COLLECTION = "garbage_collection_threshold"
 _DIVISIONS = "roundup_power2_divisions"
@@ -255,6 +281,18 @@ def _check_backend(backend: str) -> None:
         raise _bad("backend", backend, problem, "use backend:native, the default")
     if backend != "native":
         raise _bad("backend", backend, "is no allocator", "use backend:native")
+
+
+def _entry(name: str, value: int | float | tuple[tuple[int | None, int], ...]) -> str:
+    """One `key:value`, sizes in MiB."""
+    if name.endswith("_bytes"):
+        return f"{name.removesuffix('_bytes')}_mb:{int(value) // MIB}"  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        steps = ",".join(
+            f"{'>' if size is None else size}:{count}" for size, count in value
+        )
+        return f"{name}:[{steps}]"
+    return f"{name}:{value}"
 
 
 def _mebibytes(values: Mapping[str, str], key: str) -> int | None:

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("units", "registry", "store"),
     ("fields", "hub", "allocator"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
-    ("profile", "plan", "simulation", "validation"),
+    ("life", "profile", "plan", "simulation", "validation"),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
     ("checks", "inspector"),
     ("catalog", "training"),
@@ -162,12 +162,20 @@ def is_imported_late(file: Path) -> bool:
     for other in PACKAGE.glob("**/*.py"):
         if part_of(other) in BEHIND_THE_WALL or is_module_tree(other):
             continue
+        if is_shared_by_builders(other):
+            continue
         tree = ast.parse(other.read_text())
         now = at_once(tree)
         for name, node in imports(tree):
             if node in now and f"{name}.".startswith(f"{module}."):
                 return False
     return part == "models" or file.name.startswith("_")
+
+
+def is_shared_by_builders(file: Path) -> bool:
+    """Whether a file is imported late itself, by the test of its own."""
+    shared = file.name.startswith("_") and file.name != "__init__.py"
+    return shared and part_of(file) in BUILDERS
 
 
 def is_module_tree(file: Path) -> bool:

@@ -168,6 +168,8 @@ def test_liger_leaves_evaluation_alone() -> None:
 
     assert outputs.loss.item() == pytest.approx(expected.loss.item())
     torch.testing.assert_close(outputs.logits, expected.logits)
+    with pytest.raises(InputError, match="cannot run on cpu"):
+        model(**batch(), skip_logits=True)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -199,6 +201,19 @@ def test_adapter_beside_the_head_is_refused(name: str) -> None:
 
     with pytest.raises(InputError, match="without adapter"):
         losses.find(name).run(adapted, batch())
+
+
+def test_chunks_of_logits_come_from_the_head_with_its_adapter() -> None:
+    model = tiny("llama")
+    prepared = copy.deepcopy(model)
+    losses.find("chunked-logits").prepare(prepared)
+    adapted = []
+    for one in (model, prepared):
+        torch.manual_seed(2)
+        config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+        adapted.append(peft.get_peft_model(one, config))
+
+    assert_same(adapted[0], adapted[1], "chunked-logits")
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
 class _Compiled(torch.autograd.Function):
     """What the compiled `_cross_entropy` allocates: nothing as large in float32.
 
-    The partitioner of torch's compiler saves the logits as they came, and the maximum
-    and the logarithm of the sum of each row, from which backward computes the rest anew.
+    The compiler saves the logits as they came, and each row's maximum and logarithm of
+    the sum, from which backward computes the rest anew.
     """
 
     @staticmethod

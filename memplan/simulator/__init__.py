@@ -19,6 +19,7 @@ from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
+from memplan.life import NO_LIFE, Life
 from memplan.recipe import Recipe
 from memplan.simulation import Simulation
 from memplan.simulator.events import EventLog
@@ -36,7 +37,6 @@ from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import model as training_model
 from memplan.training.attention import repeated_heads
-from memplan.training.life import NO_LIFE, Life
 from memplan.training.step import Loop
 
 STEPS = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -15,11 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan import optimizers
 from memplan.architecture import Architecture
+from memplan.life import CARD, Evaluation, Generation, Life
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import life as training_life
-from memplan.training.life import CARD, Evaluation, Generation, Life
 from memplan.training.model import trained_parameters
 from memplan.training.step import Loop
 
@@ -104,12 +105,31 @@ class LifeTracer:
             _FewTokens(*arguments, tracer=self._tracer).run()
 
     def _merge(self) -> None:
+        """Merges, each layer's allocations told by its path."""
+        paths = {
+            id(module): path.removeprefix(PEFT_PREFIX)
+            for path, module in self._model.named_modules()
+            if hasattr(module, "base_layer") and hasattr(module, "merge")
+        }
+        # Layers are released as they are merged, so that they must not be held here.
+        kinds = {type(m) for m in self._model.modules() if id(m) in paths}
         with ExitStack() as stack:
-            for path, module in self._model.named_modules():
-                if hasattr(module, "base_layer") and hasattr(module, "merge"):
-                    merge = _within(self._tracer, path, module.merge)
-                    stack.enter_context(mock.patch.object(module, "merge", merge))
+            for kind in kinds:
+                merge = self._telling(kind.merge, paths)  # type: ignore[arg-type]
+                stack.enter_context(mock.patch.object(kind, "merge", merge))
             training_life.merge(self._model)
+
+    def _telling(
+        self, method: Callable[..., Any], paths: dict[int, str]
+    ) -> Callable[..., Any]:
+        """A method that tells its object's path, found by the object's identity."""
+
+        @functools.wraps(method)
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with self._tracer.within(paths.get(id(module), "")):
+                return method(module, *args, **kwargs)
+
+        return run
 
 
 @contextlib.contextmanager
@@ -205,16 +225,6 @@ def _append(layer: Any) -> None:
     layer.update(*new)
 
 
-def _within(
-    tracer: Tracer, path: str, function: Callable[..., Any]
-) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with tracer.within(path.removeprefix(PEFT_PREFIX)):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def _paths_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
     return {
         parameter: name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
@@ -251,7 +261,10 @@ def _on_host(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _unwritten() -> Iterator[None]:
-    """Lets transformers and PEFT save without writing tensors, and without a bar."""
+    """Lets transformers and PEFT save without writing tensors, and without a bar.
+
+    PEFT copies tensors that share a storage, and would take all meta tensors for one.
+    """
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
@@ -261,6 +274,12 @@ def _unwritten() -> Iterator[None]:
             stack.enter_context(
                 mock.patch(f"{target}.safe_save_file", lambda *args, **kwargs: None)
             )
+        stack.enter_context(
+            mock.patch(
+                "peft.peft_model.id_tensor_storage",
+                lambda tensor: tensor.untyped_storage()._cdata,
+            )
+        )
         yield
     if was_enabled:
         logging.enable_progress_bar()

@@ -61,6 +61,8 @@ class Tracer(TorchDispatchMode):
         self.operators: dict[Any, int] = {}
         """How often each operator ran."""
         self._padded = padded
+        self._denied: set[int] = set()
+        """Storages of truth values that are false when the host asks."""
         self._live: dict[int, _Storage] = {}
         self._rules: dict[Any, Callable[[Call], None] | None] = {}
         self._sources: dict[int, int] = {}
@@ -104,6 +106,10 @@ class Tracer(TorchDispatchMode):
     def ignore(self, tensor: torch.Tensor) -> None:
         """Says that a tensor takes no memory of the card."""
         self._watch(tensor.untyped_storage(), _NO_BLOCK)
+
+    def deny(self, tensor: torch.Tensor) -> None:
+        """Says that a truth value is false."""
+        self._denied.add(tensor.untyped_storage()._cdata)
 
     def label(self, tensor: torch.Tensor, category: str) -> None:
         """Says what a tensor is for."""
@@ -257,6 +263,10 @@ class Tracer(TorchDispatchMode):
         positions belong to one sequence (transformers.masking_utils): yes unless the
         batch is padded.
         """
+        storage = tensor.untyped_storage()._cdata
+        if storage in self._denied:
+            self._denied.remove(storage)
+            return False
         if tensor.dtype == torch.bool:
             return not self._padded
         return 1.0 if tensor.dtype.is_floating_point else 1

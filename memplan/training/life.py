@@ -9,135 +9,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memplan.architecture import Architecture
 from memplan.errors import InputError
+from memplan.life import CARD, Evaluation, Generation
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
 
-EVALUATION_BATCH = 8
-"""Sequences of an evaluation's batch (TrainingArguments.per_device_eval_batch_size)."""
-
-EVALUATION_BATCHES = 2
-"""The fewest after which what an evaluation keeps has been joined once."""
-
-GENERATED_TOKENS = 256
-"""Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
-
-CARD = "card"
-HOST = "host"
-MERGE_PLACES = (CARD, HOST)
-
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Where models keep what generation hands from one token to the next, in outputs and in
 arguments (transformers.generation.utils, ALL_CACHE_NAMES)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """An evaluation after the last step."""
-
-    batch_size: int
-    num_batches: int = EVALUATION_BATCHES
-    keeps_logits: bool = True
-    """Whether logits and labels stay on the card until it is over, besides losses."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generation:
-    """The completion of a batch of prompts, each as long as the recipe's sequences."""
-
-    batch_size: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Life:
-    """What a fine-tune goes through besides load, adaptation and steps."""
-
-    evaluation: Evaluation | None = None
-    generation: Generation | None = None
-    saves: bool = False
-    merge: str | None = None
-    """Where adapters are merged, `card` or `host`; None where they are not."""
-    resumes: bool = False
-    """Whether adapters and the optimizer's state come from a checkpoint."""
-
-
-NO_LIFE = Life()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LifeOptions:
-    """What of a fine-tune's life is asked for; `whole` asks for all of it."""
-
-    whole: bool = False
-    eval_batch: int | None = None
-    eval_batches: int | None = None
-    prediction_loss_only: bool = False
-    generate: int | None = None
-    save: bool = False
-    merge: str | None = None
-    resume: bool = False
-
-    def choose(self, architecture: Architecture, recipe: Recipe) -> Life:
-        """The life that is asked for; raises InputError for what cannot be done."""
-        prompts = recipe.batch_size if recipe.trainer == "plain" else EVALUATION_BATCH
-        batch_size = self.eval_batch or prompts
-        trains_adapters = recipe.method != "full"
-        if self.merge is not None and not trains_adapters:
-            raise InputError(
-                "--merge",
-                self.merge,
-                "has nothing to merge: method full trains the weights themselves",
-                "leave it out",
-            )
-        return Life(
-            evaluation=self._evaluation(batch_size),
-            generation=self._generation(batch_size, architecture, recipe),
-            saves=self.save or self.whole,
-            merge=self.merge or (CARD if self.whole and trains_adapters else None),
-            resumes=self.resume or self.whole,
-        )
-
-    def _evaluation(self, batch_size: int) -> Evaluation | None:
-        asked = self.eval_batch or self.eval_batches or self.prediction_loss_only
-        if not asked and not self.whole:
-            return None
-        return Evaluation(
-            batch_size=batch_size,
-            num_batches=self.eval_batches or EVALUATION_BATCHES,
-            keeps_logits=not self.prediction_loss_only,
-        )
-
-    def _generation(
-        self, batch_size: int, architecture: Architecture, recipe: Recipe
-    ) -> Generation | None:
-        """The tokens that are asked for; by default at most what there is room for."""
-        room = _room(architecture, recipe)
-        num_tokens = self.generate
-        if num_tokens is None:
-            num_tokens = min(GENERATED_TOKENS, room) if self.whole else 0
-        elif num_tokens > room:
-            raise InputError(
-                "--generate",
-                num_tokens,
-                f"tokens do not fit behind prompts of {recipe.sequence_length}, as "
-                f"{architecture.name} has but {architecture.max_positions} positions",
-                f"give at most {room}, or a shorter --sequence-length",
-            )
-        if num_tokens <= 0:
-            return None
-        return Generation(batch_size=batch_size, num_tokens=num_tokens)
 
 
 def evaluate(
@@ -224,7 +111,8 @@ def generate(
 class Generator:
     """Greedy generation with a cache (transformers, GenerationMixin._sample).
 
-    PEFT hands it to the model below, which accelerate's autocast does not wrap.
+    Models are asked for the logits of the last token alone, where they can be. PEFT
+    hands generation to the model below, which accelerate's autocast does not wrap.
     """
 
     def __init__(
@@ -243,6 +131,7 @@ class Generator:
         self._device = next(model.parameters()).device
         self._tokens: Tensor
         self._mask: Tensor
+        self._positions: Tensor
         self._scores: Tensor
         """Of the last token; they live on while the next are computed."""
         self.caches: dict[str, Any] = {}
@@ -254,7 +143,7 @@ class Generator:
         self._owner.eval()
         self.complete()
         self.caches = {}
-        del self._tokens, self._mask, self._scores
+        del self._tokens, self._mask, self._positions, self._scores
         self._owner.train(was_training)
 
     def complete(self) -> None:
@@ -270,21 +159,26 @@ class Generator:
         given = batch.get("attention_mask")
         self._mask = torch.ones_like(self._tokens) if given is None else given
         del batch, given
-        self._take(self._forward(self._tokens))
+        positions = self._mask.long().cumsum(-1) - 1
+        self._positions = positions.masked_fill(self._mask == 0, 0)
+        del positions
+        self._take(self._forward(self._tokens, self._positions))
 
     def decode(self) -> None:
         """Makes one more token."""
-        self._take(self._forward(self._tokens[:, -1:]))
+        last = self._positions[:, -1:].clone()
+        self._take(self._forward(self._tokens[:, -1:], last))
 
-    def _forward(self, tokens: Tensor) -> Any:
-        arguments = {"logits_to_keep": 1} if _keeps_few_logits(self._model) else {}
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Any:
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        known = inspect.signature(self._model.forward).parameters
         with autocast(self._recipe, self._device):
             outputs = self._model(
-                input_ids=tokens,
+                input_ids=tokens.clone(),
                 attention_mask=self._mask,
                 use_cache=True,
                 **self.caches,
-                **arguments,
+                **{name: value for name, value in optional.items() if name in known},
             )
         return _handed_on(outputs, self._recipe)
 
@@ -299,8 +193,10 @@ class Generator:
         self.append(token[:, None])
 
     def append(self, tokens: Tensor) -> None:
-        """Takes new tokens (B, n) as made."""
+        """Takes new tokens (B, 1) as made."""
         self._tokens = torch.cat([self._tokens, tokens], dim=-1)
+        next_positions = self._positions[:, -1:] + 1
+        self._positions = torch.cat([self._positions, next_positions], dim=-1)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=-1)
 
 
@@ -368,15 +264,3 @@ def _handed_on(outputs: Any, recipe: Recipe) -> Any:
     from accelerate.utils.operations import convert_to_fp32
 
     return convert_to_fp32(outputs)
-
-
-def _keeps_few_logits(model: nn.Module) -> bool:
-    """Whether the model computes the logits of its last token alone if asked to."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def _room(architecture: Architecture, recipe: Recipe) -> int:
-    """Tokens that may follow a prompt before the learned positions end."""
-    if not architecture.learned_positions or architecture.max_positions is None:
-        return sys.maxsize
-    return architecture.max_positions - recipe.sequence_length

@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from memplan import methods, quantizations
 from memplan.architecture import Architecture
-from memplan.errors import InputError
+from memplan.errors import InputError, UnknownNameError
 from memplan.inspector import build_config, build_meta_model
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
@@ -94,6 +94,7 @@ def adapt(model: nn.Module, architecture: Architecture, recipe: Recipe) -> nn.Mo
         targets = _wrappable(model, targets, fused)
     if recipe.method != "full":
         _check_fused(recipe, targets, fused)
+        _check_trained_modules(model, recipe)
     adapted = method.apply(model, recipe, targets)
     if recipe.method != "full":
         _cast_adapters(adapted, recipe)
@@ -300,9 +301,28 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
                 )
 
 
-def _refuse_target(name: str, architecture: Architecture) -> None:
-    from memplan.errors import UnknownNameError
+def _check_trained_modules(model: nn.Module, recipe: Recipe) -> None:
+    """Raises InputError for a name that no module ends with, or a quantised one's.
 
+    PEFT passes over the first (`set_additional_trainable_modules`).
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    for name in recipe.trained_modules:
+        named = [module for path, module in modules.items() if path.endswith(name)]
+        if not named:
+            known = dict.fromkeys(path.rpartition(".")[2] for path in modules)
+            raise UnknownNameError("trained_modules", name, known)
+        weights = [weight for module in named for weight in module.parameters()]
+        if not all(weight.is_floating_point() for weight in weights):
+            raise InputError(
+                "trained_modules",
+                name,
+                "is quantised, and quantised weights cannot be trained",
+                "name it in unquantized_modules, too",
+            )
+
+
+def _refuse_target(name: str, architecture: Architecture) -> None:
     known: dict[str, Any] = dict.fromkeys(
         linear.path.rpartition(".")[2] for _, linear in architecture.all_linears()
     )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memplan.errors import InputError
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import prepare_loss, read_loss, run_forward
@@ -62,6 +63,15 @@ def test_chunked_loss_is_the_full_one(family: str, method: str) -> None:
     gradients = torch.autograd.grad(found, trained_parameters(model))
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
+
+
+def test_chunked_loss_refuses_an_adapter_on_the_head() -> None:
+    """It would read the weight and pass over the adapter, as SFTTrainer says."""
+    keys = {"trainer": "trl", "targets": ("lm_head",)}
+    model, recipe = adapted("llama", **keys), tiny_recipe(**keys)
+
+    with pytest.raises(InputError, match=r"loss: 'chunked'.*without adapter"):
+        run_forward(model, batch_of("llama", recipe), recipe)
 
 
 def test_a_padded_batch_hides_a_quarter_of_its_first_sequence() -> None:

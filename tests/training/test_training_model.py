@@ -386,6 +386,19 @@ def test_trained_modules_stay_in_the_precision_of_their_weights(
     assert [parameter.dtype for parameter in trained] == [dtype]
 
 
+def test_unknown_trained_module_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"trained_modules: 'lm_haed'.*lm_head"):
+        adapted("llama", trained_modules=("lm_haed",))
+
+
+def test_quantised_modules_cannot_be_trained() -> None:
+    keys = {"quantization": "nf4", "trained_modules": ("down_proj",)}
+
+    with pytest.raises(InputError, match="name it in unquantized_modules"):
+        adapted("llama", **keys)
+    assert adapted("llama", unquantized_modules=("lm_head", "down_proj"), **keys)
+
+
 def test_training_a_tied_head_gives_it_a_weight_of_its_own() -> None:
     model: Any = adapted("qwen2", trained_modules=("lm_head",))
 
