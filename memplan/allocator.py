@@ -126,13 +126,18 @@ class AllocatorSettings:
     throw_on_cudamalloc_oom: bool = False
     """Give up, without returning the cache, on a request beyond the whole card."""
 
+    on_windows: bool = False
+    """Whether torch runs on Windows, where it has no expandable segments
+    (AllocatorConfig.cpp, PYTORCH_C10_DRIVER_API_SUPPORTED). Said by the system, not in
+    the variable."""
+
     def __post_init__(self) -> None:
         _check_sizes(self)
         _check_shares(self)
         _check_divisions(self.roundup_power2_divisions)
 
     @classmethod
-    def parse(cls, text: str) -> AllocatorSettings:
+    def parse(cls, text: str, *, on_windows: bool = False) -> AllocatorSettings:
         """The settings in an environment variable's value, `key:value,key:value`.
 
         Keys that change no memory are accepted. Raises UnknownNameError for other
@@ -154,16 +159,22 @@ class AllocatorSettings:
             per_process_memory_fraction=_share(values, _FRACTION, 1.0),
             expandable_segments=_flag(values, "expandable_segments"),
             throw_on_cudamalloc_oom=_flag(values, "throw_on_cudamalloc_oom"),
+            on_windows=on_windows,
         )
+
+    @property
+    def expands(self) -> bool:
+        """Whether segments are expandable."""
+        return self.expandable_segments and not self.on_windows
 
     def to_text(self) -> str:
         """The settings that differ from torch's defaults, as `parse` reads them."""
-        entries = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                entries.append(_entry(field.name, value))
-        return ",".join(entries)
+        given = [
+            (field.name, getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "on_windows" and getattr(self, field.name) != field.default
+        ]
+        return ",".join(_entry(name, value) for name, value in given)
 
     @property
     def rounds_to_powers(self) -> bool:
@@ -343,7 +354,7 @@ def _check_sizes(settings: AllocatorSettings) -> None:
     if segment <= MIN_LARGE_BYTES:
         raise _bad(_SEGMENT, segment // MIB, "is too small", "give more than 10")
     # cuMemCreate takes whole pages of the GPU only, which are 2 MiB.
-    if settings.expandable_segments and segment % SMALL_SEGMENT_BYTES:
+    if settings.expands and segment % SMALL_SEGMENT_BYTES:
         problem = "is odd, which expandable segments cannot be"
         raise _bad(_SEGMENT, segment // MIB, problem, "give an even number")
     for key, size in (
@@ -504,7 +515,7 @@ class CachingAllocator:
         self._device_bytes = device_bytes or UNKNOWN_DEVICE_BYTES
         self._allowed_bytes = _allowed_bytes(settings, device_bytes)
         self._rejecting = settings.throw_on_cudamalloc_oom
-        self._expandable = settings.expandable_segments
+        self._expandable = settings.expands
         self._max_split_bytes = settings.max_split_size_bytes or UNLIMITED_BYTES
         self._rounding_bytes = (
             settings.max_non_split_rounding_bytes or settings.large_segment_size_bytes

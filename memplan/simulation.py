@@ -25,6 +25,21 @@ class LiveBlock:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Memory after an event of a fine-tune's life."""
+
+    index: int
+    """The event's number, from 0."""
+    moment: str
+    allocated_bytes: int
+    reserved_bytes: int
+    operator: str
+    """What asked for the block that was allocated or released."""
+    module: str
+    """The path of the module that the block belongs to; empty outside of modules."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Simulation:
     """A simulated fine-tune: its footprint, and what lay in memory at the peak."""
 
@@ -33,6 +48,8 @@ class Simulation:
     trainable_parameters: int
     peak_blocks: tuple[LiveBlock, ...]
     """Blocks live at the peak; the last is the one whose allocation reached it."""
+    host: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes of a process on the host, such as `load_bytes`, by moment."""
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -62,4 +79,5 @@ class Simulation:
             total_parameters=data["total_parameters"],
             trainable_parameters=data["trainable_parameters"],
             peak_blocks=blocks,
+            host=data["host"],
         )

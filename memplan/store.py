@@ -50,6 +50,14 @@ def write_json(path: Path, obj: object) -> None:
     Raises InputError where the file cannot be written.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str, field: str = "file") -> None:
+    """Writes a text, replacing the file at once or not at all.
+
+    Raises InputError, which names the field, where the file cannot be written.
+    """
     # os.replace would put a file in the place of a link; what it points to is meant.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.urandom(6).hex()}.tmp")
@@ -61,7 +69,7 @@ def write_json(path: Path, obj: object) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            "file",
+            field,
             str(path),
             f"cannot be written ({_reason(error)})",
             "name a file in a folder that exists and may be written",

@@ -8,8 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-
 from command_line import run
+
 from memplan.reporters.schema import output_schema
 
 SMALL = {

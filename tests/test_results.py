@@ -7,8 +7,8 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-
 from command_line import run
+
 from memplan import results
 from memplan.footprint import Footprint, Moment
 from memplan.simulation import LiveBlock, Simulation

@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import importlib
 import os
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,24 +22,34 @@ from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
     json_option,
+    life_options,
     model_argument,
     recipe_options,
     take_gpu,
+    take_life,
     take_recipe,
     trust_option,
 )
 from memplan.errors import MissingExtraError
 from memplan.gpu import Gpu
+from memplan.life import Life
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
-from memplan.reporters import footprint, json, terminal
-from memplan.simulation import Simulation
+from memplan.reporters import footprint, json, terminal, timeline
+from memplan.simulation import Sample, Simulation
 
 
 @click.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @gpu_options
+@life_options
+@click.option(
+    "--timeline",
+    "timeline_file",
+    metavar="FILE",
+    help="Write memory over the life, as .csv or .json.",
+)
 @click.option("--allocator", help="As PYTORCH_CUDA_ALLOC_CONF takes it.")
 @click.option(
     "--top",
@@ -48,8 +60,9 @@ from memplan.simulation import Simulation
 )
 @trust_option
 @json_option
-def command(
+def command(  # noqa: PLR0913 - each is an option
     model: str | None,
+    timeline_file: str | None,
     allocator: str | None,
     top: int,
     trust_remote_code: bool,
@@ -62,13 +75,18 @@ def command(
     card is too small.
     """
     recipe, named = take_recipe(options)
+    on_windows = options["os_name"] == "windows"
     gpu = take_gpu(options)
-    settings = AllocatorSettings.parse(allocator or "")
+    asked = take_life(options)
+    record = timeline.writer_of(timeline_file) if timeline_file else None
+    settings = AllocatorSettings.parse(allocator or "", on_windows=on_windows)
     source = read_config(
         model_argument(model, named), trust_remote_code=trust_remote_code
     )
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
-    simulation = _run(architecture, recipe, gpu, settings, quiet=as_json)
+    life = asked.choose(architecture, recipe)
+    task = _Task(architecture, recipe, gpu, settings, life, record)
+    simulation = _run(task, quiet=as_json)
     if as_json:
         json.print_object(
             json.footprint_object(
@@ -79,41 +97,61 @@ def command(
                 simulation.footprint,
                 simulation.parameters,
             )
+            | {"host": dict(simulation.host)}
         )
     else:
         footprint.report_simulation(architecture, recipe, gpu, simulation, top)
     return 1 if simulation.footprint.fits is False else 0
 
 
-def _run(
-    architecture: Architecture,
-    recipe: Recipe,
-    gpu: Gpu | None,
-    settings: AllocatorSettings,
-    *,
-    quiet: bool,
-) -> Simulation:
-    """The simulation, as it was kept from an earlier run or run now."""
-    name = results.key(
-        {
-            "architecture": architecture.to_json(),
-            "recipe": recipe.to_json(),
-            "gpu": None if gpu is None else gpu.to_json(),
-            "allocator": dataclasses.asdict(settings),
-        },
-        json.versions(),
-    )
-    known = results.load(name)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is to be simulated."""
+
+    architecture: Architecture
+    recipe: Recipe
+    gpu: Gpu | None
+    settings: AllocatorSettings
+    life: Life
+    record: Callable[[Iterable[Sample]], None] | None
+    """What takes the memory over the life, where it is asked for."""
+
+    @property
+    def key(self) -> str:
+        """The name under which the simulation is kept."""
+        inputs = {
+            "architecture": self.architecture.to_json(),
+            "recipe": self.recipe.to_json(),
+            "gpu": None if self.gpu is None else self.gpu.to_json(),
+            "allocator": dataclasses.asdict(self.settings),
+            "life": dataclasses.asdict(self.life),
+        }
+        return results.key(inputs, json.versions())
+
+
+def _run(task: _Task, *, quiet: bool) -> Simulation:
+    """The simulation, as it was kept from an earlier run or run now.
+
+    What is kept has no timeline.
+    """
+    name = task.key
+    known = results.load(name) if task.record is None else None
     if known is not None:
         return known
     with (
-        terminal.progress(f"Simulating {architecture.name}", quiet=quiet) as told,
+        terminal.progress(f"Simulating {task.architecture.name}", quiet=quiet) as told,
         without_compiler(),
     ):
         told("imports")
-        simulator = import_simulator(recipe)
+        simulator = import_simulator(task.recipe)
         simulation: Simulation = simulator.run(
-            architecture, recipe, gpu, settings, told
+            task.architecture,
+            task.recipe,
+            task.gpu,
+            task.settings,
+            told,
+            life=task.life,
+            record=task.record,
         )
     results.keep(name, simulation)
     return simulation

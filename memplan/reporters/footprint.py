@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
@@ -33,6 +33,7 @@ def report_simulation(
     if newest:
         where = newest[0].module or "the loop"
         terminal.say(f"The peak is reached by {newest[0].operator} in {where}.")
+    _report_host(simulation.host)
     if top:
         _report_largest(simulation, top)
     report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
@@ -107,6 +108,19 @@ def _report_breakdown(footprint: Footprint) -> None:
         ],
         right=("bytes", "share"),
     )
+
+
+def _report_host(host: Mapping[str, int]) -> None:
+    """Prints what a process copies on the host, beside the files that it maps."""
+    copied = [
+        f"{name.removesuffix('_bytes')} {format_bytes(size)}"
+        for name, size in host.items()
+        if name != "mapped_bytes"
+    ]
+    if copied:
+        mapped = format_bytes(host.get("mapped_bytes", 0))
+        listed = ", ".join(copied)
+        terminal.say(f"Host memory beside {mapped} of mapped files: {listed}.")
 
 
 def _report_largest(simulation: Simulation, top: int) -> None:

@@ -71,6 +71,7 @@ def output_schema() -> dict[str, Any]:
             "moments": {"type": "array", "items": moment},
             "breakdown": _object(**dict.fromkeys(CATEGORIES, _BYTES)),
             "parameters": _object(total=_COUNT, trainable=_MAYBE_INTEGER),
+            "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,10 +19,12 @@ from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
-from memplan.life import NO_LIFE, Life
+from memplan.life import CARD, HOST, NO_LIFE, Life
 from memplan.recipe import Recipe
-from memplan.simulation import Simulation
+from memplan.simulation import Sample, Simulation
+from memplan.simulator import allocator_notes
 from memplan.simulator.events import EventLog
+from memplan.simulator.host import Traced, Trained, host_bytes
 from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
 from memplan.simulator.repetition import (
@@ -32,7 +34,7 @@ from memplan.simulator.repetition import (
     multiplicity,
     shorten,
 )
-from memplan.simulator.replay import Replay, replay
+from memplan.simulator.replay import Replay, replay, samples
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import model as training_model
@@ -58,12 +60,19 @@ class Trace:
 
     log: EventLog
     total_parameters: int
-    trainable_parameters: int
+    trained: tuple[Trained, ...]
     paged_bytes: int
+    kept: tuple[tuple[int, int], ...]
+    """Counts and element sizes of what a batch of the evaluation adds to be kept."""
     operators: dict[Any, int]
     """How often each operator ran."""
     num_traced_layers: int | None
     """Layers that were run for all of their stack; None where every layer was."""
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(one.count for one in self.trained)
 
 
 def simulate(
@@ -80,7 +89,7 @@ def simulate(
     return run(architecture, recipe, gpu, settings).footprint
 
 
-def run(
+def run(  # noqa: PLR0913 - each is a part of what is simulated
     architecture: Architecture,
     recipe: Recipe,
     gpu: Gpu | None = None,
@@ -88,14 +97,23 @@ def run(
     progress: Callable[[str], None] = lambda label: None,
     *,
     life: Life = NO_LIFE,
+    record: Callable[[Iterator[Sample]], None] | None = None,
 ) -> Simulation:
-    """The simulation of a fine-tune; `progress` is told of each moment that begins."""
-    notes = checks.check(architecture, recipe, gpu)
+    """The simulation of a fine-tune; `progress` is told of each moment that begins.
+
+    `record` is given the memory after each event, as it was on the card, or on one that
+    is large enough where the card is not.
+    """
+    notes = (*checks.check(architecture, recipe, gpu), *life.notes(recipe))
     card = gpu or find_gpu(UNNAMED_CARD)
     traced = trace(architecture, recipe, card, progress, life=life)
+    host = _host_bytes(architecture, recipe, card, life, traced)
     settings = settings or AllocatorSettings()
     progress("replay")
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
+    if record is not None:
+        limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
+        record(samples(traced.log, settings, limit))
     footprint = Footprint(
         moments=tuple(found.moments),
         context_bytes=gpu.context_bytes if gpu else None,
@@ -103,17 +121,35 @@ def run(
         capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
         failed_moment=found.failed_moment,
         missing_bytes=missing_bytes,
-        notes=(*notes, *_replay_notes(found)),
+        notes=(
+            *notes,
+            *_replay_notes(found),
+            *allocator_notes.notes(traced.log, settings, gpu, found),
+        ),
     )
     return Simulation(
         footprint=footprint,
         total_parameters=traced.total_parameters,
         trainable_parameters=traced.trainable_parameters,
         peak_blocks=found.peak_blocks,
+        host=host,
     )
 
 
-def trace(
+def _host_bytes(
+    architecture: Architecture, recipe: Recipe, gpu: Gpu, life: Life, traced: Trace
+) -> dict[str, int]:
+    """Bytes on the host; a merge there is traced on its own, unquantised."""
+    merge_log = None
+    if life.merge == HOST:
+        unquantized = dataclasses.replace(recipe, quantization="none")
+        merging = Life(merge=CARD)
+        merge_log = trace(architecture, unquantized, gpu, life=merging, steps=0).log
+    told = Traced(log=traced.log, trained=traced.trained, kept=traced.kept)
+    return host_bytes(architecture, recipe, life, told, merge_log)
+
+
+def trace(  # noqa: PLR0913 - each is a part of what is traced
     architecture: Architecture,
     recipe: Recipe,
     gpu: Gpu,
@@ -121,37 +157,52 @@ def trace(
     *,
     whole: bool = False,
     life: Life = NO_LIFE,
+    steps: int = STEPS,
 ) -> Trace:
-    """Runs load, adaptation and two steps on meta tensors, logging allocations.
+    """Runs load, adaptation and steps on meta tensors, logging allocations.
 
     Of layers that repeat few are run, unless `whole`; the log is that of the whole
     model all the same.
     """
+    task = _Task(
+        architecture=architecture,
+        recipe=recipe,
+        gpu=gpu,
+        progress=progress,
+        life=life,
+        steps=steps,
+    )
     pattern = None if whole else find_pattern(architecture, recipe)
     if pattern is not None:
-        traced = _trace(architecture, recipe, gpu, progress, pattern, life)
+        traced = _trace(task, pattern)
         if traced is not None:
             return traced
-    traced = _trace(architecture, recipe, gpu, progress, None, life)
+    traced = _trace(task, None)
     assert traced is not None
     return traced
 
 
-def _trace(
-    architecture: Architecture,
-    recipe: Recipe,
-    gpu: Gpu,
-    progress: Callable[[str], None],
-    pattern: Pattern | None,
-    life: Life,
-) -> Trace | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What is to be traced."""
+
+    architecture: Architecture
+    recipe: Recipe
+    gpu: Gpu
+    progress: Callable[[str], None]
+    life: Life
+    steps: int
+
+
+def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
     """The trace; None where layers turn out not to repeat as the pattern says."""
+    architecture, recipe, gpu = task.architecture, task.recipe, task.gpu
     log = EventLog()
     tracer = Tracer(gpu, log, padded=recipe.padded)
 
     @contextlib.contextmanager
     def phase(label: str) -> Iterator[None]:
-        progress(label)
+        task.progress(label)
         log.begin(label)
         yield
 
@@ -176,21 +227,16 @@ def _trace(
             watched = _labelling_gradients(phase, tracer, adapted)
             loop = Loop(adapted, recipe, architecture.vocab_size, watched)
             lived = LifeTracer(adapted, recipe, architecture, tracer, phase)
-            lived.before_steps(life, loop)
-            for number in range(1, STEPS + 1):
+            lived.before_steps(task.life, loop)
+            for number in range(1, task.steps + 1):
                 loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
-            trained = {
-                name: tuple(parameter.shape)
-                for name, parameter in adapted.named_parameters()
-                if parameter.requires_grad
-            }
-            lived.after_steps(life)
+            trained = _trained(adapted, pattern)
+            lived.after_steps(task.life)
             tracer.stop()
     del left_out
     log.modules[: len(loaded_modules)] = loaded_modules
-    counts = {name: _num_copies(name, pattern) for name in trained}
     if pattern is not None:
-        gradients = (len(trained), sum(counts.values()))
+        gradients = (len(trained), sum(one.copies for one in trained))
         expanded = expand(log, loaded_modules, pattern, gradients)
         if expanded is None:
             return None
@@ -199,15 +245,25 @@ def _trace(
     return Trace(
         log=log,
         total_parameters=architecture.total_parameters,
-        trainable_parameters=sum(
-            counts[name] * math.prod(shape) for name, shape in trained.items()
-        ),
-        paged_bytes=sum(
-            counts[name] * optimizer.paged_bytes(shape)
-            for name, shape in trained.items()
-        ),
+        trained=trained,
+        paged_bytes=0
+        if task.life.resumes
+        else sum(one.copies * optimizer.paged_bytes(one.shape) for one in trained),
+        kept=lived.kept,
         operators=tracer.operators,
         num_traced_layers=len(pattern.kept) if pattern else None,
+    )
+
+
+def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
+    return tuple(
+        Trained(
+            copies=_num_copies(name, pattern),
+            shape=tuple(parameter.shape),
+            element_bytes=parameter.element_size(),
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     )
 
 

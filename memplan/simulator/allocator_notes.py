@@ -26,40 +26,22 @@ LARGE_SAVING = 0.05
 EXPANDABLE = "expandable_segments:True"
 
 
-def effective(settings: AllocatorSettings, os_name: str | None) -> AllocatorSettings:
-    """The settings that torch heeds under that system.
-
-    Expandable segments need the driver's interface that torch uses on Linux alone
-    (AllocatorConfig.cpp, PYTORCH_C10_DRIVER_API_SUPPORTED).
-    """
-    if os_name != "windows":
-        return settings
-    return dataclasses.replace(settings, expandable_segments=False)
-
-
 def notes(
-    log: EventLog,
-    asked: AllocatorSettings,
-    gpu: Gpu | None,
-    found: Replay,
-    os_name: str | None = None,
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None, found: Replay
 ) -> Iterator[str]:
-    """Sentences on the settings that were asked for, or that would help.
-
-    `found` is the replay with what is effective of the settings.
-    """
-    settings = effective(asked, os_name)
-    if settings != asked:
+    """Sentences on the settings that `found` was replayed with, or on better ones."""
+    if settings.expandable_segments and settings.on_windows:
         yield "torch ignores expandable_segments on Windows."
-    if settings.expandable_segments and settings.max_split_size_bytes is not None:
+    if settings.expands and settings.max_split_size_bytes is not None:
         yield (
             "Give expandable_segments without max_split_size_mb, which keeps requests "
             "out of large free blocks: the segment grows instead."
         )
-    if settings != AllocatorSettings():
-        yield f"Set {_assignment(settings.to_text())} for the run."
+    heeded = dataclasses.replace(settings, expandable_segments=settings.expands)
+    if text := heeded.to_text():
+        yield f"Set {_assignment(text)} for the run."
         yield _compare(log, gpu, found)
-    elif os_name != "windows" and _may_save(found):
+    elif not settings.on_windows and _may_save(found):
         yield from _suggest(log, gpu, found)
 
 
@@ -96,6 +78,9 @@ def _suggest(log: EventLog, gpu: Gpu | None, found: Replay) -> Iterator[str]:
     if found.failed_moment is not None:
         yield f"It would fit with {assignment}."
         return
+    if found.num_alloc_retries > expandable.num_alloc_retries == 0:
+        yield f"With {assignment} it would fit without giving the cache back."
+        return
     reserved_bytes = _most_reserved(found.moments)
     saved_bytes = reserved_bytes - _most_reserved(expandable.moments)
     if saved_bytes >= LARGE_SAVING * reserved_bytes:
@@ -105,7 +90,7 @@ def _suggest(log: EventLog, gpu: Gpu | None, found: Replay) -> Iterator[str]:
 
 def _may_save(found: Replay) -> bool:
     """Whether a smaller cache could help."""
-    if found.failed_moment is not None:
+    if found.failed_moment is not None or found.num_alloc_retries:
         return True
     worst = max(found.moments, key=lambda moment: moment.reserved_bytes)
     cache_bytes = worst.reserved_bytes - worst.allocated_bytes

@@ -15,7 +15,9 @@ EMPTY_CACHE = -2
 CATEGORY_OF_PHASE = {
     "load": "weights",
     "adapt": "adapters",
+    "resume": "optimizer",
     "optimizer": "optimizer",
+    "merge": "weights",
 }
 """What a block is for when nothing better is known; activations in other phases."""
 

@@ -39,7 +39,40 @@ class Trained:
 
     @property
     def count(self) -> int:
+        """Numbers in all of the parameters it stands for."""
         return self.copies * math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """What of a traced fine-tune bears on the host."""
+
+    log: EventLog
+    trained: tuple[Trained, ...]
+    kept: tuple[tuple[int, int], ...]
+    """Counts and element sizes of what a batch of the evaluation adds to be kept."""
+
+
+def host_bytes(
+    architecture: Architecture,
+    recipe: Recipe,
+    life: Life,
+    traced: Traced,
+    merge_log: EventLog | None,
+) -> dict[str, int]:
+    """Bytes by moment; `merge_log` is of a merge on the host, if there is one."""
+    found = load_bytes(architecture, recipe)
+    if life.resumes:
+        found["resume_bytes"] = resume_bytes(recipe, traced.trained)
+    if life.evaluation is not None and recipe.trainer != "plain":
+        found["evaluate_bytes"] = kept_bytes(life.evaluation.num_batches, traced.kept)
+    if life.saves:
+        found["save_bytes"] = save_bytes(recipe, traced.trained)
+    if life.merge == CARD:
+        found["merge_bytes"] = card_merge_bytes(architecture, recipe, traced.log)
+    elif merge_log is not None:
+        found["merge_bytes"] = host_merge_bytes(architecture, recipe, merge_log)
+    return found
 
 
 def load_bytes(architecture: Architecture, recipe: Recipe) -> dict[str, int]:
@@ -79,15 +112,15 @@ def save_bytes(recipe: Recipe, trained: Iterable[Trained]) -> int:
     return min(size, SHARD_BYTES) if recipe.method == "full" else size
 
 
-def merge_bytes_on_card(architecture: Architecture, recipe: Recipe, log: EventLog) -> int:
-    """The merged model as it is saved next; a quantised weight passes through before."""
+def card_merge_bytes(architecture: Architecture, recipe: Recipe, log: EventLog) -> int:
+    """The merged model as it is saved; before, a quantised weight passes through."""
     saved = min(_weights_bytes(log), SHARD_BYTES)
     if recipe.quantization == "none":
         return saved
     return max(saved, FLOAT_BYTES * _largest_linear(architecture))
 
 
-def merge_bytes_on_host(architecture: Architecture, recipe: Recipe, log: EventLog) -> int:
+def host_merge_bytes(architecture: Architecture, recipe: Recipe, log: EventLog) -> int:
     """Of a log in which an unquantised model is loaded, adapted and merged: its peak.
 
     On the CPU a sum of two precisions casts an operand first (TensorIterator.cpp,
@@ -110,13 +143,8 @@ def kept_bytes(num_batches: int, tensors: Iterable[tuple[int, int]]) -> int:
     return total
 
 
-def asked(life: Life) -> bool:
-    """Whether merging is to be told of the host's side."""
-    return life.merge == CARD
-
-
 def _checkpoint_dtype(architecture: Architecture) -> str | None:
-    """The precision that the config says its checkpoint is in; None where it does not."""
+    """The precision that the config says its checkpoint is in, if it does."""
     config = architecture.config
     for part in (config, config.get("text_config") or {}):
         for key in ("dtype", "torch_dtype"):

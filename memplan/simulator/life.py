@@ -6,7 +6,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -52,6 +52,8 @@ class LifeTracer:
         self._vocab_size = architecture.vocab_size
         self._tracer = tracer
         self._phase = phase
+        self.kept: tuple[tuple[int, int], ...] = ()
+        """Counts and element sizes of what a batch of the evaluation adds."""
 
     def before_steps(self, life: Life, loop: Loop) -> None:
         """Resumes, where the life begins at a checkpoint."""
@@ -71,7 +73,9 @@ class LifeTracer:
             with self._phase("save"), _unwritten(), tempfile.TemporaryDirectory() as at:
                 training_life.save(self._model, at)
         if life.merge == CARD:
-            with self._phase("merge"), _quantising(self._tracer):
+            quantised = self._recipe.quantization != "none"
+            context = _quantising(self._tracer) if quantised else nullcontext()
+            with self._phase("merge"), context:
                 self._merge()
 
     def _resume(self, loop: Loop) -> None:
@@ -82,7 +86,7 @@ class LifeTracer:
         for parameter, tensors in loop.optimizer.state.items():
             for tensor in tensors.values():
                 if isinstance(tensor, Tensor):
-                    self._tracer.assign(tensor, paths[parameter])
+                    self._tracer.assign(tensor, paths[id(parameter)])
 
     def _read_adapters(self) -> dict[str, Tensor]:
         """The file's tensors on the card, one after another (safetensors load_file)."""
@@ -97,7 +101,11 @@ class LifeTracer:
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         arguments = (self._model, self._recipe, self._vocab_size, evaluation)
-        _FewForwards(*arguments).run()
+        evaluator = _FewForwards(*arguments)
+        evaluator.run()
+        self.kept = tuple(
+            (shape.numel(), dtype.itemsize) for shape, dtype in evaluator.shapes
+        )
 
     def _generate(self, generation: Generation) -> None:
         arguments = (self._model, self._recipe, self._vocab_size, generation)
@@ -112,10 +120,10 @@ class LifeTracer:
             if hasattr(module, "base_layer") and hasattr(module, "merge")
         }
         # Layers are released as they are merged, so that they must not be held here.
-        kinds = {type(m) for m in self._model.modules() if id(m) in paths}
+        kinds: set[Any] = {type(m) for m in self._model.modules() if id(m) in paths}
         with ExitStack() as stack:
             for kind in kinds:
-                merge = self._telling(kind.merge, paths)  # type: ignore[arg-type]
+                merge = self._telling(kind.merge, paths)
                 stack.enter_context(mock.patch.object(kind, "merge", merge))
             training_life.merge(self._model)
 
@@ -151,15 +159,18 @@ def _numbered(model: nn.Module) -> Iterator[None]:
 class _FewForwards(training_life.Evaluator):
     """An evaluation in which batches amid others are not run: they are all alike."""
 
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+    """Of what a batch adds to be kept."""
+
     def predict(self, index: int) -> list[Tensor]:
         last = self._evaluation.num_batches - 1
         if WHOLE_FORWARDS <= index < last:
             return [
                 torch.empty(shape, dtype=dtype, device=self._device)
-                for shape, dtype in self._shapes
+                for shape, dtype in self.shapes
             ]
         predicted = super().predict(index)
-        self._shapes = [(tensor.shape, tensor.dtype) for tensor in predicted]
+        self.shapes = tuple((tensor.shape, tensor.dtype) for tensor in predicted)
         return predicted
 
 
@@ -218,16 +229,17 @@ def _grows_alone(cache: Any) -> bool:
 
 def _append(layer: Any) -> None:
     """One more token in a layer of a cache, by the layer's own code."""
-    keys, values = layer.keys, layer.values
-    new = (keys.new_empty(*keys.shape[:-2], 1, keys.shape[-1]),)
-    new += (values.new_empty(*values.shape[:-2], 1, values.shape[-1]),)
-    del keys, values
-    layer.update(*new)
+    key, value = (
+        held.new_empty(*held.shape[:-2], 1, held.shape[-1])
+        for held in (layer.keys, layer.values)
+    )
+    layer.update(key, value)
 
 
-def _paths_of_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+def _paths_of_parameters(model: nn.Module) -> dict[int, str]:
+    """Paths of the modules that parameters belong to, by the parameters' identities."""
     return {
-        parameter: name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
+        id(parameter): name.rpartition(".")[0].removeprefix(PEFT_PREFIX)
         for name, parameter in model.named_parameters()
     }
 

@@ -345,8 +345,8 @@ class _Parser:
         return [run]
 
     def _find_homes(self, stretch: int, item_number: int, item: _Item) -> None:
-        places: dict[int | None, list[Event]] = {None: item.events}
-        places.update(item.layers)
+        layers: dict[int | None, list[Event]] = dict(item.layers.items())
+        places = {None: item.events, **layers}
         for position, events in places.items():
             number = 0
             for block, num_bytes in events:

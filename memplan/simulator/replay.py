@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.allocator import AllocatorSettings, CachingAllocator, OutOfMemory
 from memplan.footprint import Moment
-from memplan.simulation import LiveBlock
+from memplan.simulation import LiveBlock, Sample
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
 
 
@@ -32,6 +33,34 @@ def replay(
     Stops at the first allocation that does not fit.
     """
     return _Replayer(log, CachingAllocator(settings, capacity_bytes)).run()
+
+
+def samples(
+    log: EventLog, settings: AllocatorSettings, capacity_bytes: int | None
+) -> Iterator[Sample]:
+    """Memory after every event of a log that fits into `capacity_bytes`."""
+    allocator = CachingAllocator(settings, capacity_bytes)
+    live: dict[int, Any] = {}
+    moment, index = "", 0
+    for block, num_bytes in log.events:
+        if block == MARK:
+            moment = log.labels[num_bytes]
+            continue
+        if block == EMPTY_CACHE:
+            allocator.empty_cache()
+        elif num_bytes == FREE:
+            allocator.free(live.pop(block))
+        else:
+            live[block] = allocator.malloc(num_bytes)
+        yield Sample(
+            index=index,
+            moment=moment,
+            allocated_bytes=allocator.allocated_bytes,
+            reserved_bytes=allocator.reserved_bytes,
+            operator=log.operators[block] if block >= 0 else "empty_cache",
+            module=log.modules[block] if block >= 0 else "",
+        )
+        index += 1
 
 
 class _Replayer:

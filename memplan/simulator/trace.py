@@ -50,7 +50,7 @@ class Tracer(TorchDispatchMode):
     """Logs the allocations that the operators run under it would make on a card."""
 
     def __init__(self, gpu: Gpu, log: EventLog, *, padded: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gpu = gpu
         self.log = log
         self.kernels = MetaKernels()
@@ -78,7 +78,7 @@ class Tracer(TorchDispatchMode):
 
     def __enter__(self) -> Tracer:
         self._modules.start()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
@@ -87,7 +87,7 @@ class Tracer(TorchDispatchMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._modules.stop()
 
     def stop(self) -> None:
@@ -218,6 +218,7 @@ class Tracer(TorchDispatchMode):
         held.reference = weakref.ref(storage, lambda _: self._died(key))
 
     def _died(self, key: int) -> None:
+        self._denied.discard(key)
         storage = self._live.pop(key, None)
         if storage is None or storage.block == _NO_BLOCK:
             return
@@ -263,12 +264,9 @@ class Tracer(TorchDispatchMode):
         positions belong to one sequence (transformers.masking_utils): yes unless the
         batch is padded.
         """
-        storage = tensor.untyped_storage()._cdata
-        if storage in self._denied:
-            self._denied.remove(storage)
-            return False
         if tensor.dtype == torch.bool:
-            return not self._padded
+            denied = tensor.untyped_storage()._cdata in self._denied
+            return not (denied or self._padded)
         return 1.0 if tensor.dtype.is_floating_point else 1
 
 

@@ -6,11 +6,9 @@ tensors, where its allocations are traced, or over real ones.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from memplan.life import CARD, Evaluation, Generation
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
+from memplan.training.step import autocast
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Where models keep what generation hands from one token to the next, in outputs and in
@@ -245,16 +244,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model of transformers below PEFT's wrapper; the model itself without one."""
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
-    base: nn.Module = model.get_base_model()
+    base: nn.Module = model.get_base_model()  # type: ignore[operator]
     return base
-
-
-def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
-    """The recipe's autocast on a device; that of the card for meta tensors."""
-    if recipe.autocast == "none":
-        return contextlib.nullcontext()
-    kind = "cuda" if device.type == "meta" else device.type
-    return torch.autocast(kind, getattr(torch, recipe.autocast))
 
 
 def _handed_on(outputs: Any, recipe: Recipe) -> Any:

@@ -68,7 +68,7 @@ class Loop:
             self._outputs = None
         with self._phase(f"{number}.forward"):
             batch = make_batch(self._recipe, self._vocab_size, self._device)
-            with self._autocast():
+            with autocast(self._recipe, self._device):
                 outputs = run_forward(self._model, batch, self._recipe)
             outputs, loss = read_loss(outputs, self._recipe)
             if micro_batches > 1:
@@ -79,11 +79,13 @@ class Loop:
             loss.backward()
             del loss, batch
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._recipe.autocast == "none":
-            return contextlib.nullcontext()
-        device = "cuda" if self._device.type == "meta" else self._device.type
-        return torch.autocast(device, getattr(torch, self._recipe.autocast))
+
+def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:
+    """The recipe's autocast on a device; that of the card for meta tensors."""
+    if recipe.autocast == "none":
+        return contextlib.nullcontext()
+    kind = "cuda" if device.type == "meta" else device.type
+    return torch.autocast(kind, getattr(torch, recipe.autocast))
 
 
 @contextlib.contextmanager

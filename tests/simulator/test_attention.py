@@ -127,15 +127,15 @@ def test_math_with_dropout_runs_what_the_original_does(
 
 def test_regions_without_autocast_stay_in_single_precision() -> None:
     """transformers' maybe_autocast switches nothing for meta tensors by itself."""
-    from transformers.models.llama import modeling_llama
+    from transformers.models.gpt2 import modeling_gpt2
 
     _, tracer = tracer_on(A100)
     rows = meta(4, 8, dtype=torch.float32)
-    with Reroute(tracer, Recipe(autocast="bfloat16")).installed():
-        with torch.autocast("cuda", torch.bfloat16):
-            inside = torch.matmul(rows, rows.t())
-            with modeling_llama.maybe_autocast(device_type="meta", enabled=False):
-                region = torch.matmul(rows, rows.t())
+    reroute = Reroute(tracer, Recipe(autocast="bfloat16"))
+    with reroute.installed(), torch.autocast("cuda", torch.bfloat16):
+        inside = torch.matmul(rows, rows.t())
+        with modeling_gpt2.maybe_autocast(device_type="meta", enabled=False):
+            region = torch.matmul(rows, rows.t())
 
     assert inside.dtype == torch.bfloat16
     assert region.dtype == torch.float32

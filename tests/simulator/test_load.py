@@ -89,7 +89,7 @@ def test_a_quantised_model_arrives_in_natural_order(architecture: Architecture) 
 
 
 def test_nf4_holds_codes_absmax_and_a_table(architecture: Architecture) -> None:
-    # 4 bits a weight, 4 bytes per 64 weights, 64 bytes for the code of each of 7 layers.
+    # 4 bits a weight, 4 bytes per 64 weights, 64 for the code of each of 7 layers.
     stored = LINEARS // 2 + LINEARS // 64 * 4 + 7 * 64
     log = load(architecture, "nf4")
 
@@ -97,7 +97,7 @@ def test_nf4_holds_codes_absmax_and_a_table(architecture: Architecture) -> None:
 
 
 def test_double_quantisation_holds_absmax_in_bytes(architecture: Architecture) -> None:
-    # A byte per 64 weights, 4 bytes per 64 * 256, and for each layer: code 64, offset 4,
+    # A byte per 64 weights, 4 per 64 * 256, and for each layer: code 64, offset 4,
     # nested code 1024; the process keeps the map of 8-bit values, 1024.
     blocks = LINEARS // 64
     stored = LINEARS // 2 + blocks + blocks // 256 * 4 + 7 * (64 + 4 + 1024) + 1024

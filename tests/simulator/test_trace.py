@@ -122,7 +122,7 @@ def test_blocks_know_their_module_in_forward_and_in_backward() -> None:
 
 
 def test_questions_of_the_host_are_answered_as_a_full_batch_would() -> None:
-    log, tracer = trace()
+    _, tracer = trace()
     mask = meta(4, dtype=torch.bool)
     with tracer:
         assert bool(mask.all()) is True

@@ -142,6 +142,7 @@ FILLED = (
     "aten::new_empty",
     "aten::new_empty_strided",
     "aten::new_ones",
+    "aten::new_full",
     "aten::new_zeros",
     "aten::ones",
     "aten::ones_like",
