@@ -148,9 +148,10 @@ def _predict(run: PublishedRun, recipe: Recipe) -> Prediction:
     from memplan.simulator import simulate
 
     footprint = simulate(run.architecture, recipe, run.gpu)
+    moments = {moment.label: moment for moment in footprint.moments}
     return Prediction(
         allocated_bytes=footprint.peak.allocated_bytes,
-        after_training_bytes=footprint.moments[-1].end_allocated_bytes,
+        after_training_bytes=moments["2.optimizer"].end_allocated_bytes,
     )
 
 

@@ -190,28 +190,29 @@ class _FewTokens(training_life.Generator):
         whole = self.num_tokens - 1
         if all(_grows_alone(cache) for cache in self.caches.values()):
             whole = min(WHOLE_DECODES, whole)
+        paths = self._paths_of_layers()
         for _ in range(self.num_tokens - 1 - whole):
-            self._grow()
+            self._grow(paths)
         for _ in range(whole):
             self.decode()
 
-    def _grow(self) -> None:
+    def _grow(self, paths: dict[int, str]) -> None:
+        """One more token, of which the caches alone are told."""
         for cache in self.caches.values():
-            layers = getattr(cache, "layers", ())
-            for path, layer in zip(self._paths(len(layers)), layers, strict=True):
+            for index, layer in enumerate(getattr(cache, "layers", ())):
                 if getattr(layer, "keys", None) is not None:
-                    with self._tracer.within(path):
+                    with self._tracer.within(paths.get(index, "")):
                         _append(layer)
         batch_size = self._tokens.shape[0]
         self.append(self._tokens.new_empty(batch_size, 1))
 
-    def _paths(self, count: int) -> list[str]:
-        """The modules that the layers of a cache belong to."""
-        paths = [""] * count
+    def _paths_of_layers(self) -> dict[int, str]:
+        """The modules that the layers of a cache belong to, by their numbers."""
+        paths: dict[int, str] = {}
         for path, module in self._model.named_modules():
-            index = getattr(module, "layer_idx", None)
-            if isinstance(index, int) and index < count:
-                paths[index] = paths[index] or path
+            number = getattr(module, "layer_idx", None)
+            if isinstance(number, int):
+                paths.setdefault(number, path)
         return paths
 
 
