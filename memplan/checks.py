@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan import methods
+from memplan import losses, methods
 from memplan.architecture import Architecture
 from memplan.errors import InputError
 from memplan.gpu import Gpu
@@ -30,6 +30,7 @@ def check(
         *architecture.notes,
         *_position_notes(architecture, recipe),
         *_recipe_notes(recipe),
+        *losses.find(recipe.loss).notes(gpu),
         *_card_notes(recipe, gpu),
     )
 

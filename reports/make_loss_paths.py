@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from memplan import losses, registry, simulator
+from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.catalog import inspect
+from memplan.footprint import Moment
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
-from memplan.simulation import Simulation
+from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.replay import Replay, replay
 from memplan.store import profiles_path, read_json
 from memplan.units import GIB, parse_size
 
@@ -24,6 +27,8 @@ CARD = "A100 80GB"
 MODELS = ("meta-llama/Llama-3.1-8B", "google/gemma-2-2b")
 LENGTHS = (2048, 8192)
 SHARED = {"trainer": "transformers", "checkpointing": "full"}
+
+PASSES = ("2.forward", "2.backward")
 
 NEUTRALITY = "research-neutrality-cost"
 
@@ -46,15 +51,14 @@ HALF, FLOAT = 2, 4
 
 
 def main() -> None:
+    """Writes the report."""
     REPORT.write_text(report())
 
 
 def report() -> str:
     """The whole report."""
-    return (
-        "\n\n".join((_INTRODUCTION, _ways(), _sweeps(), _neutrality(), _torchtune()))
-        + "\n"
-    )
+    parts = (_INTRODUCTION, _ways(), _sweeps(), _neutrality(), _torchtune())
+    return "\n\n".join(parts) + "\n"
 
 
 _INTRODUCTION = """# Ways to the loss
@@ -65,22 +69,25 @@ What `memplan simulate` says that each `loss` costs, and what public runs say of
 
 def _ways() -> str:
     rows = [(f"`{name}`", losses.find(name).summary) for name in _names()]
-    return _section("The ways", _table(("loss", "is"), rows)) + (
-        "\n\n`full`, `chunked` and `chunked-nll` are traced as their code runs. `liger` "
-        "and `cut` are\nTriton kernels: what they allocate is written down from their "
-        "source, as is what torch's\ncompiler makes of `chunked-logits`. Of Liger, the "
-        "loss alone is meant, none of its layers."
-    )
+    return _section("The ways", _table(("loss", "is"), rows), _WAYS)
+
+
+_WAYS = """\
+`full`, `chunked` and `chunked-nll` are traced as their code runs. `liger` and `cut` are
+Triton kernels: what they allocate is written down from their source, as is what the
+compiler makes of `chunked-logits`. Of Liger the loss alone is meant."""
 
 
 def _sweeps() -> str:
-    parts = [_sweep(model, length) for model in MODELS for length in LENGTHS]
-    text = (
-        f"LoRA of rank 16 on every linear layer in bfloat16, one sequence, every block "
-        f"checkpointed,\nTrainer's loop, {CARD}. Where the peak lies in a block, the loss "
-        "has no part in it; the\nforward's peak is then what is left of the way's own."
-    )
-    return _section("By model and length", text) + "\n\n" + "\n\n".join(parts)
+    sweeps = (_sweep(model, length) for model in MODELS for length in LENGTHS)
+    return _section("By model and length", _SWEEPS, *sweeps)
+
+
+_SWEEPS = f"""\
+LoRA of rank 16 on every linear layer in bfloat16, one sequence, blocks checkpointed,
+Trainer's loop, {CARD}. `around` is the most that is allocated while no block is at
+work but the last norm, the head and the loss are, forward or backward. Where the peak
+is in a block, no loss that takes less around the blocks would lower it."""
 
 
 def _sweep(model: str, length: int) -> str:
@@ -88,71 +95,55 @@ def _sweep(model: str, length: int) -> str:
     rows = []
     full_bytes = 0
     for name in _names():
-        found = _simulate(
-            architecture, SHARED | {"loss": name, "sequence_length": length}
-        )
-        peak = found.footprint.peak
+        keys = SHARED | {"loss": name, "sequence_length": length}
+        log, found = _simulate(architecture, keys)
+        peak = _peak(found)
         full_bytes = full_bytes or peak.allocated_bytes
         rows.append(
             (
                 f"`{name}`",
+                _gib(_most_around_blocks(log)),
                 _gib(peak.allocated_bytes),
                 _gib(peak.reserved_bytes),
-                _gib(peak.breakdown.get("logits", 0)),
-                _place(found),
-                _gib(_moment(found, "2.forward")),
+                "a block" if _in_block(found.peak_blocks[-1].module) else "the head",
                 f"{peak.allocated_bytes / full_bytes - 1:+.1%}",
             )
         )
-    head = (
-        "loss",
-        "allocated",
-        "reserved",
-        "logits",
-        "peak is in",
-        "forward",
-        "beside full",
-    )
+    head = ("loss", "around", "allocated", "reserved", "peak in", "beside full")
     return f"### {model}, {length} tokens\n\n{_table(head, rows)}"
 
 
 def _neutrality() -> str:
-    rows = []
-    for row in read_json(profiles_path() / "ground_truth" / "published.json"):
-        if row["source"] != NEUTRALITY:
-            continue
-        measured = parse_size(row["allocated"], "allocated")
-        predicted = [
-            _simulate(
-                inspect(row["architecture"]), row["recipe"] | {"loss": name}, row["gpu"]
-            ).footprint.peak.allocated_bytes
-            for name in ("chunked-nll", "chunked")
-        ]
-        quantized = row["recipe"].get("quantization", "none")
-        rows.append(
-            (
-                row["architecture"],
-                quantized,
-                _gib(measured, 2),
-                *(
-                    cell
-                    for n in predicted
-                    for cell in (_gib(n), f"{n / measured - 1:+.2%}")
-                ),
-            )
-        )
-    head = ("model", "quantization", "measured", "chunked-nll", "", "chunked", "")
-    text = """Runs of TRL 1.13, whose loss was `chunked-nll`
-([profiles/ground_truth](../profiles/ground_truth/README.md)); beside it what the fused head of
-TRL 1.16 would take. Only in the quantised run is the peak in the loss: its head and hidden
-states are float32, so that autocast copies the whole head to bfloat16 for every chunk."""
-    return _section("TRL's chunks, measured", f"{text}\n\n{_table(head, rows)}")
+    published = read_json(profiles_path() / "ground_truth" / "published.json")
+    rows = [_neutrality_row(row) for row in published if row["source"] == NEUTRALITY]
+    head = ("model", "weights", "measured", "chunked-nll", "", "chunked", "")
+    return _section("TRL's chunks, measured", _NEUTRALITY, _table(head, rows))
+
+
+_NEUTRALITY = """\
+Runs of TRL 1.13, whose loss was `chunked-nll`, as published
+([profiles/ground_truth](../profiles/ground_truth/README.md)); beside it, what the fused
+head of TRL 1.16 would take. Only in the quantised run is the peak in the loss: its head
+and hidden states are float32, and autocast copies the whole head to bfloat16 for every
+chunk."""
+
+
+def _neutrality_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    measured = parse_size(row["allocated"], "allocated")
+    cells = []
+    for name in ("chunked-nll", "chunked"):
+        keys = row["recipe"] | {"loss": name}
+        _, found = _simulate(inspect(row["architecture"]), keys, row["gpu"])
+        predicted = _peak(found).allocated_bytes
+        cells += [_gib(predicted), f"{predicted / measured - 1:+.2%}"]
+    weights = row["recipe"].get("quantization", "bfloat16")
+    return row["architecture"], weights, _gib(measured, 2), *cells
 
 
 def _torchtune() -> str:
     architecture = inspect(TORCHTUNE)
     full, chunked, checkpointed = (
-        _simulate(architecture, TORCHTUNE_RECIPE | keys).footprint.peak.allocated_bytes
+        _peak(_simulate(architecture, TORCHTUNE_RECIPE | keys)[1]).allocated_bytes
         for keys in (
             {"loss": "full"},
             {"loss": "chunked-logits"},
@@ -160,37 +151,33 @@ def _torchtune() -> str:
         )
     )
     own = dict(_torchtune_terms(architecture.config))
-    expected = full + sum(own.values())
     rows = [
         ("transformers' model, loss `full`", _gib(full), "", ""),
         *((f"+ {name}", _gib(size), "", "") for name, size in own.items()),
-        ("torchtune's model, its loss over all logits", *_judged(expected, FULL_GIB)),
         (
-            "what chunks save",
-            *_judged(full - chunked, COMPILED_GIB - CHUNKED_GIB),
+            "torchtune's model, its loss over all logits",
+            *_judged(full + sum(own.values()), FULL_GIB),
         ),
+        ("what chunks save", *_judged(full - chunked, COMPILED_GIB - CHUNKED_GIB)),
         ("chunks, checkpointed", *_judged(checkpointed, CHECKPOINTED_GIB)),
     ]
-    head = (
-        f"{TORCHTUNE}, {TORCHTUNE_BATCH} x {TORCHTUNE_LENGTH}",
-        "GiB",
-        "measured",
-        "error",
-    )
-    return _section(
-        "torchtune's chunks, measured", f"{_TORCHTUNE}\n\n{_table(head, rows)}"
-    )
+    subject = f"{TORCHTUNE}, {TORCHTUNE_BATCH} x {TORCHTUNE_LENGTH}"
+    table = _table((subject, "GiB", "measured", "error"), rows)
+    return _section("torchtune's chunks, measured", _TORCHTUNE, table)
 
 
-_TORCHTUNE = f"""torchtune's README of November 2024 (1814feb17) ablates full fine-tuning on an A100, each
-step on top of the one before: packed {FULL_GIB}, compiled {COMPILED_GIB}, chunked {CHUNKED_GIB}, checkpointed
-{CHECKPOINTED_GIB} GiB. memplan runs transformers' model, not torchtune's; what the latter saves besides is
-listed term by term, from its source. Its compiler changes what blocks save, which memplan
-does not simulate, so {COMPILED_GIB} and {CHUNKED_GIB} cannot be predicted themselves. Their difference can:
-blocks are the same in both, and that recipe drops the compiled loss over all logits
-(`training.compile_loss(self._loss_fn)`, whose result is not kept), while that of chunks is
-compiled in place. The checkpointed run recomputes compiled blocks, which hold less than
-those predicted."""
+_TORCHTUNE = f"""\
+torchtune's README of November 2024 (1814feb17) ablates full fine-tuning on an A100, one
+step on top of another, in GiB: packed {FULL_GIB}, compiled {COMPILED_GIB}, chunked
+{CHUNKED_GIB}, checkpointed {CHECKPOINTED_GIB}. memplan runs transformers' model; what
+torchtune's keeps besides is listed term by term, from its source.
+
+Compiled blocks keep less, which memplan does not simulate, so {COMPILED_GIB} and
+{CHUNKED_GIB} cannot be predicted themselves. Their difference can: blocks are the same
+in both, and the recipe does not keep what `training.compile_loss` returns, so that the
+loss over all logits runs uncompiled, while the one over chunks is compiled in place. In
+the checkpointed run, one compiled block at a time is alive, and holds less than the one
+predicted."""
 
 
 def _torchtune_terms(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -221,19 +208,37 @@ def _names() -> list[str]:
 
 def _simulate(
     architecture: Architecture, keys: Mapping[str, Any], gpu: str = CARD
-) -> Simulation:
-    return simulator.run(architecture, Recipe.from_mapping(keys), find_gpu(gpu))
+) -> tuple[EventLog, Replay]:
+    """The events of a fine-tune, and what they come to where memory has no end."""
+    recipe = Recipe.from_mapping(keys)
+    log = simulator.trace(architecture, recipe, find_gpu(gpu)).log
+    return log, replay(log, AllocatorSettings(), None)
 
 
-def _moment(found: Simulation, label: str) -> int:
-    return next(m.allocated_bytes for m in found.footprint.moments if m.label == label)
+def _peak(found: Replay) -> Moment:
+    """The worst moment of the training steps."""
+    training = (moment for moment in found.moments if moment.in_training)
+    return max(training, key=lambda moment: moment.allocated_bytes)
 
 
-def _place(found: Simulation) -> str:
-    """Whether the peak was reached in a block or outside of all."""
-    module = found.peak_blocks[-1].module
-    moment = found.footprint.peak.label.partition(".")[2]
-    return f"{moment}, {'a block' if '.layers.' in module else 'the head'}"
+def _most_around_blocks(log: EventLog) -> int:
+    """The most bytes after an allocation of the second step outside of all blocks."""
+    held = most = 0
+    label = ""
+    for block, size in log.events:
+        if block == MARK:
+            label = log.labels[size]
+        elif size == FREE:
+            held -= log.sizes[block]
+        elif block >= 0:
+            held += size
+            if label in PASSES and not _in_block(log.modules[block]):
+                most = max(most, held)
+    return most
+
+
+def _in_block(module: str) -> bool:
+    return ".layers." in f".{module}"
 
 
 def _judged(predicted: int, measured_gib: float) -> tuple[str, str, str]:
@@ -245,13 +250,17 @@ def _gib(num_bytes: int, digits: int = 3) -> str:
     return f"{num_bytes / GIB:.{digits}f}"
 
 
-def _section(title: str, text: str) -> str:
-    return f"## {title}\n\n{text}"
+def _section(title: str, *parts: str) -> str:
+    return "\n\n".join((f"## {title}", *parts))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    rule = ("---", *("--:" for _ in head[1:]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+    rule = ("---" if _is_text(cell) else "--:" for cell in rows[0])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, tuple(rule), *rows))
+
+
+def _is_text(cell: str) -> bool:
+    return any(character.isalpha() for character in cell)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ class StorageMeter(TorchDispatchMode):
         self.peak_bytes = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
+    def start(self) -> None:
+        """Forgets the births and the peak so far."""
+        self.births = []
+        self.live_bytes = self.peak_bytes = 0
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

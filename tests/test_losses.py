@@ -14,6 +14,7 @@ from torch import nn
 
 from memplan import losses
 from memplan.errors import InputError
+from memplan.gpu import find_gpu
 from memplan.losses import _chunked_nll
 from memplan.losses._head import IGNORED, Scaling, scaling_of
 from memplan.losses._liger import chunk_tokens
@@ -148,6 +149,13 @@ def test_without_labels_a_model_still_gives_logits(name: str) -> None:
     losses.find(name).prepare(model)
 
     torch.testing.assert_close(model(batch()["input_ids"]).logits, expected)
+
+
+def test_what_a_loss_asks_or_leaves_out_is_noted() -> None:
+    assert "loss alone is simulated" in losses.find("liger").notes(None)[0]
+    assert "8.0, and Tesla T4 has 7.5" in losses.find("cut").notes(find_gpu("T4"))[0]
+    assert losses.find("cut").notes(find_gpu("A100 80GB")) == ()
+    assert losses.find("full").notes(find_gpu("T4")) == ()
 
 
 @pytest.mark.parametrize("name", KERNELS)

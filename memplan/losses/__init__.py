@@ -14,6 +14,8 @@ from memplan import registry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from memplan.gpu import Gpu
+
 
 class Loss(ABC):
     """A way to the loss: what it does to a model, and how a loop reads it."""
@@ -27,6 +29,10 @@ class Loss(ABC):
 
         Raises InputError where it cannot stand in for the model's own.
         """
+
+    def notes(self, gpu: Gpu | None) -> tuple[str, ...]:
+        """Sentences on what the loss asks of a card, and on what it leaves out."""
+        return ()
 
     def run(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         """The model's outputs for a batch with labels."""

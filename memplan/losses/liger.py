@@ -14,6 +14,8 @@ from memplan.losses import Loss
 if TYPE_CHECKING:
     from torch import nn
 
+    from memplan.gpu import Gpu
+
 NAME = "liger"
 
 
@@ -21,6 +23,9 @@ class Liger(Loss):
     """Liger's loss alone; in evaluation it leaves the model's own."""
 
     summary: ClassVar[str] = "Liger's fused linear cross-entropy, chunks of logits"
+
+    def notes(self, gpu: Gpu | None) -> tuple[str, ...]:
+        return ("Of Liger the loss alone is simulated: its other kernels save more.",)
 
     def prepare(self, model: nn.Module) -> None:
         from memplan.losses._fused import check_fused

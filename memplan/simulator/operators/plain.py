@@ -75,6 +75,7 @@ LISTS = ("aten::_foreach_sqrt",)
 
 ELEMENTWISE = (
     "aten::_to_copy",
+    "aten::abs",
     "aten::add.Tensor",
     "aten::bitwise_and.Tensor",
     "aten::bitwise_not",
