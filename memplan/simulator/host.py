@@ -187,12 +187,11 @@ def _weights_bytes(log: EventLog) -> int:
 
 
 def _peak_bytes(log: EventLog) -> int:
-    """The most bytes that live at once."""
+    """The most bytes that live at once, without what kernels of a card take."""
     total = peak = 0
     for block, num_bytes in log.events:
-        if num_bytes == FREE:
-            total -= log.sizes[block]
-        elif block >= 0:
-            total += num_bytes
-            peak = max(peak, total)
+        if block < 0 or log.categories[block] == "workspace":
+            continue
+        total += -log.sizes[block] if num_bytes == FREE else num_bytes
+        peak = max(peak, total)
     return peak

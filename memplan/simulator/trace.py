@@ -190,7 +190,12 @@ class Tracer(TorchDispatchMode):
         return missing
 
     def _allocate(self, num_bytes: int, func: Any, tensor: torch.Tensor) -> int:
-        is_logits = tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
+        is_logits = (
+            tensor.dim() > 1
+            and tensor.shape[-1] == self.vocab_size
+            # A copy of the head's transposed weight is as wide, but lies in columns.
+            and tensor.stride(-1) == 1
+        )
         return self.log.allocate(
             num_bytes, str(func), self._modules.path(), "logits" if is_logits else ""
         )

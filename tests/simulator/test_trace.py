@@ -140,5 +140,6 @@ def test_logits_are_known_by_their_last_side() -> None:
     with tracer:
         torch.empty(2, 100, device="meta")
         torch.empty(100, 2, device="meta")
+        torch.empty(100, 2, device="meta").t().to(torch.bfloat16)
 
-    assert log.categories == ["logits", "activations"]
+    assert log.categories == ["logits", *["activations"] * 3]

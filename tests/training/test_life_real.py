@@ -263,7 +263,7 @@ def test_merging_makes_the_tensors_that_its_trace_has(
 
 
 MERGED = {(64, 64): 4, (32, 64): 4, (96, 64): 6}
-"""Shapes of the tiny Llama's linear layers, or their transposes, and how many it has."""
+"""Sides of the tiny Llama's linear layers, and how many it has of each."""
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
