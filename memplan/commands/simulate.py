@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -169,10 +170,14 @@ def without_compiler() -> AbstractContextManager[Any]:
 def import_simulator(recipe: Recipe) -> Any:
     """The simulator and its libraries, which the process keeps until it ends.
 
-    So there is no garbage among them to be looked for, while they load or later.
+    So there is no garbage among them to be looked for, while they load or later. What
+    bitsandbytes lacks on this machine's processor is of no interest.
     """
     collects = gc.isenabled()
     gc.disable()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     try:
         from memplan import simulator
 
@@ -181,6 +186,7 @@ def import_simulator(recipe: Recipe) -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError("simulate", error.name or "torch", "torch") from error
     finally:
+        bitsandbytes.setLevel(level)
         gc.freeze()
         if collects:
             gc.enable()
