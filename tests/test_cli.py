@@ -198,6 +198,8 @@ def test_reader_that_goes_away_is_no_error(arguments: list[str]) -> None:
 def test_interrupt_is_exit_130() -> None:
     code = (
         "import os, signal, memplan.commands.models as m\n"
+        # A job in the background is started with the signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "m.catalog_models = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "from memplan import cli; import sys; sys.exit(cli.run(['models']))"
     )
