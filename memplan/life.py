@@ -70,6 +70,8 @@ class Life:
             )
         if self.resumes:
             yield "The run resumes: its first step finds the optimizer's state."
+            if recipe.method != "full" and recipe.adapter_dtype != "float32":
+                yield "Adapters of a resumed run are float32: PEFT casts what it loads."
             if recipe.optimizer.startswith("paged-"):
                 yield (
                     "States that come from a checkpoint are not paged: bitsandbytes "

@@ -225,9 +225,11 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
             watched = _labelling_gradients(phase, tracer, adapted)
-            loop = Loop(adapted, recipe, architecture.vocab_size, watched)
             lived = LifeTracer(adapted, recipe, architecture, tracer, phase)
-            lived.before_steps(task.life, loop)
+            loop = lived.before_steps(
+                task.life,
+                lambda: Loop(adapted, recipe, architecture.vocab_size, watched),
+            )
             for number in range(1, task.steps + 1):
                 loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
             trained = _trained(adapted, pattern)

@@ -55,11 +55,21 @@ class LifeTracer:
         self.kept: tuple[tuple[int, int], ...] = ()
         """Counts and element sizes of what a batch of the evaluation adds."""
 
-    def before_steps(self, life: Life, loop: Loop) -> None:
-        """Resumes, where the life begins at a checkpoint."""
-        if life.resumes:
-            with self._phase("resume"):
-                self._resume(loop)
+    def before_steps(self, life: Life, make_loop: Callable[[], Loop]) -> Loop:
+        """The loop, resumed where the life begins at a checkpoint.
+
+        Whole models are read on the host and copied, which takes nothing of the card,
+        and so is the optimizer's state (Trainer._load_from_checkpoint and
+        _load_optimizer_and_scheduler).
+        """
+        if not life.resumes:
+            return make_loop()
+        with self._phase("resume"):
+            if training_life.unwrapped(self._model) is not self._model:
+                self._load_adapters()
+            loop = make_loop()
+            self._load_state(loop)
+        return loop
 
     def after_steps(self, life: Life) -> None:
         """Evaluates, generates, saves and merges, while the loop is still held."""
@@ -70,25 +80,31 @@ class LifeTracer:
             with self._phase("generate"):
                 self._generate(life.generation)
         if life.saves:
-            with self._phase("save"), _unwritten(), tempfile.TemporaryDirectory() as at:
-                training_life.save(self._model, at)
+            with self._phase("save"), _unwritten(self._model):
+                self._save()
         if life.merge == CARD:
             quantised = self._recipe.quantization != "none"
             context = _quantising(self._tracer) if quantised else nullcontext()
             with self._phase("merge"), context:
                 self._merge()
 
-    def _resume(self, loop: Loop) -> None:
+    def _load_adapters(self) -> None:
+        with mock.patch("peft.peft_model.load_peft_weights", self._read_adapters):
+            training_life.load_adapters(self._model, "")
+        for parameter in trained_parameters(self._model):
+            self._tracer.label(parameter, "adapters")
+
+    def _load_state(self, loop: Loop) -> None:
         trained = trained_parameters(self._model)
         state = _saved_state(trained, self._recipe, self._tracer)
-        training_life.resume(self._model, loop.optimizer, self._read_adapters, state)
+        loop.optimizer.load_state_dict(state)
         paths = _paths_of_parameters(self._model)
         for parameter, tensors in loop.optimizer.state.items():
             for tensor in tensors.values():
                 if isinstance(tensor, Tensor):
                     self._tracer.assign(tensor, paths[id(parameter)])
 
-    def _read_adapters(self) -> dict[str, Tensor]:
+    def _read_adapters(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The file's tensors on the card, one after another (safetensors load_file)."""
         import peft
 
@@ -111,6 +127,10 @@ class LifeTracer:
         arguments = (self._model, self._recipe, self._vocab_size, generation)
         with _numbered(self._model):
             _FewTokens(*arguments, tracer=self._tracer).run()
+
+    def _save(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            training_life.save(self._model, folder)
 
     def _merge(self) -> None:
         """Merges, each layer's allocations told by its path."""
@@ -273,20 +293,25 @@ def _on_host(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _unwritten() -> Iterator[None]:
+def _unwritten(model: nn.Module) -> Iterator[None]:
     """Lets transformers and PEFT save without writing tensors, and without a bar.
 
-    PEFT copies tensors that share a storage, and would take all meta tensors for one.
+    Configs are not written either: that of a shortened model is not valid. PEFT copies
+    tensors that share a storage, and would take all meta tensors for one.
     """
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    base: Any = training_life.unwrapped(model)
     with ExitStack() as stack:
+        for config in (base.config, base.generation_config):
+            if config is not None:
+                stack.enter_context(
+                    mock.patch.object(type(config), "save_pretrained", _write_nothing)
+                )
         for target in ("peft.peft_model", "transformers.modeling_utils"):
-            stack.enter_context(
-                mock.patch(f"{target}.safe_save_file", lambda *args, **kwargs: None)
-            )
+            stack.enter_context(mock.patch(f"{target}.safe_save_file", _write_nothing))
         stack.enter_context(
             mock.patch(
                 "peft.peft_model.id_tensor_storage",
@@ -296,6 +321,10 @@ def _unwritten() -> Iterator[None]:
         yield
     if was_enabled:
         logging.enable_progress_bar()
+
+
+def _write_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for what writes a file."""
 
 
 @contextlib.contextmanager

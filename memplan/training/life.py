@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -217,27 +216,15 @@ def merge(model: nn.Module) -> nn.Module:
     return merged
 
 
-def resume(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    read_adapters: Callable[[], dict[str, Tensor]],
-    optimizer_state: dict[str, Any],
-) -> None:
-    """Takes adapters and the optimizer's state from a checkpoint, as Trainer does.
+def load_adapters(model: nn.Module, folder: str) -> None:
+    """Takes the adapters that were saved in a folder, as Trainer does when it resumes.
 
-    PEFT reads adapters onto the card beside those they are copied to (`load_adapter`).
-    Whole models are read on the host and copied, which takes nothing on the card, and
-    so is the optimizer's state (Trainer._load_from_checkpoint and
-    _load_optimizer_and_scheduler). `read_adapters` gives tensors on the model's device,
-    `optimizer_state` holds tensors of the host.
+    PEFT reads them onto the card beside those they are copied to, and makes half
+    precision single (`load_adapter`). That replaces parameters, so that an optimizer is
+    built afterwards (Trainer.train).
     """
-    if unwrapped(model) is not model:
-        from peft import set_peft_model_state_dict
-
-        weights = read_adapters()
-        set_peft_model_state_dict(model, weights)
-        del weights
-    optimizer.load_state_dict(optimizer_state)
+    adapted: Any = model
+    adapted.load_adapter(folder, adapted.active_adapters[0], is_trainable=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

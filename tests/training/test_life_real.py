@@ -310,34 +310,42 @@ def test_a_merged_4_bit_weight_event_by_event() -> None:
     ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum", "adafactor"])
-def test_resuming_brings_adapters_twice_and_the_state(optimizer: str) -> None:
-    keys = {"optimizer": optimizer}
+@pytest.mark.parametrize(
+    ("optimizer", "adapter_dtype"),
+    [("adamw", "float32"), ("sgd-momentum", "bfloat16"), ("adafactor", "float32")],
+)
+def test_resuming_brings_adapters_twice_and_the_state(
+    optimizer: str, adapter_dtype: str, tmp_path: Path
+) -> None:
+    keys = {"optimizer": optimizer, "adapter_dtype": adapter_dtype}
     model = model_of("llama", **keys)
-    adapters = peft.get_peft_model_state_dict(model)
     loop = loop_of("llama", model, **{"dtype": "float32"} | keys)
     loop.run_step(1, 1)
+    training_life.save(model, str(tmp_path))
     saved = copy.deepcopy(loop.optimizer.state_dict())
-    fresh = optimizers.find(optimizer).build(trained_parameters(model))
+    read = [*peft.get_peft_model_state_dict(model).values()]
     with StorageMeter() as meter:
-        training_life.resume(
-            model,
-            fresh,
-            lambda: {name: tensor.clone() for name, tensor in adapters.items()},
-            saved,
-        )
+        training_life.load_adapters(model, str(tmp_path))
+    trained = trained_parameters(model)
+    fresh = optimizers.find(optimizer).build(trained)
+    fresh.load_state_dict(saved)
 
+    # The file's tensors, in its own order, of which half precision becomes single.
+    sizes = [tensor.nbytes for tensor in read]
+    is_cast = adapter_dtype == "bfloat16"
+    cast = [4 * tensor.numel() for tensor in read] if is_cast else []
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    assert sorted(meter.births[: len(sizes)]) == sorted(sizes)
+    assert meter.births[len(sizes) :] == cast
+    # Step counts of the state stay on the host; a card gets the rest.
     told = traced("llama", Life(resumes=True), "resume", **keys)
-    sizes = [tensor.nbytes for tensor in adapters.values()]
-    assert meter.births == sizes
-    # Of the state, step counts stay on the host; a card gets the rest.
     state = [
         tensor.nbytes
         for tensors in fresh.state.values()
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor) and name != "step"
     ]
-    assert told.births == sizes + state
+    assert told.births == sizes + cast + state
     assert len(state) >= len(sizes)
 
 
