@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class StorageMeter(TorchDispatchMode):
@@ -65,9 +66,7 @@ class StorageMeter(TorchDispatchMode):
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
+    """The tensors in lists, tuples and dicts."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf

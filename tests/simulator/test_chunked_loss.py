@@ -7,11 +7,11 @@ vocabulary, products in c bytes. The buffer of products is min(N, 4096) x 32768 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from event_logs import events_of
 
 from memplan.architecture import Architecture
 from memplan.gpu import find_gpu
@@ -19,7 +19,7 @@ from memplan.inspector import inspect
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
 from memplan.simulator import trace
-from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.events import FREE, EventLog
 
 pytest.importorskip("trl")
 
@@ -84,15 +84,6 @@ def traced(vocab_size: int = 128, **keys: Any) -> tuple[Phase, Phase]:
     mask = births(log, forward, "aten.ne.Scalar")[-1]
     end = births(log, backward, "aten.slice_backward.default")[0]
     return phase_of(log, forward[mask:]), phase_of(log, backward[:end])
-
-
-def events_of(log: EventLog, label: str) -> Iterator[tuple[int, int]]:
-    inside = False
-    for block, value in log.events:
-        if block == MARK and value >= 0:
-            inside = log.labels[value] == label
-        elif inside:
-            yield block, value
 
 
 def births(log: EventLog, events: list[tuple[int, int]], operator: str) -> list[int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from bitsandbytes import functional
+from event_logs import events_of
 
 from memplan import inspector, simulator
 from memplan.allocator import AllocatorSettings
@@ -25,7 +25,7 @@ from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
 from memplan.simulation import Sample
 from memplan.simulator import life as simulator_life
-from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.events import FREE, EventLog
 from memplan.simulator.host import load_bytes
 from memplan.simulator.replay import replay, samples
 
@@ -78,14 +78,6 @@ def moments(log: EventLog) -> dict[str, tuple[int, int, int]]:
         )
         for moment in found
     }
-
-
-def events_of(log: EventLog, label: str) -> Iterator[tuple[int, int]]:
-    start = log.events.index((MARK, log.labels.index(label)))
-    for block, num_bytes in log.events[start + 1 :]:
-        if block == MARK and num_bytes != FREE:
-            return
-        yield block, num_bytes
 
 
 def born(log: EventLog, label: str, operator: str, category: str = "") -> list[int]:

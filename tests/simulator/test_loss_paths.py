@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from event_logs import events_of
 
 from memplan.architecture import Architecture
 from memplan.gpu import find_gpu
@@ -18,7 +19,7 @@ from memplan.inspector import inspect
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
 from memplan.simulator import trace
-from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.events import FREE, EventLog
 
 TOKENS = 2 * 385
 LABELS = 2 * 384
@@ -53,19 +54,11 @@ def log_of(loss: str, gpu: str = "A100 80GB", **keys: Any) -> EventLog:
     return trace(architecture(), recipe, find_gpu(gpu)).log
 
 
-def stretch(log: EventLog, label: str) -> list[tuple[int, int]]:
-    """The events of a moment."""
-    marks = [i for i, (block, _) in enumerate(log.events) if block == MARK]
-    start = marks[log.labels.index(label)]
-    end = next((mark for mark in marks if mark > start), len(log.events))
-    return log.events[start + 1 : end]
-
-
 def logits(log: EventLog, label: str) -> Counter[int]:
     """Sizes of the blocks of logits that a moment allocates."""
     return Counter(
         size
-        for block, size in stretch(log, label)
+        for block, size in events_of(log, label)
         if block >= 0 and size != FREE and log.categories[block] == "logits"
     )
 
@@ -74,7 +67,7 @@ def made_as_large_as_the_head(log: EventLog, label: str) -> list[str]:
     """The operators that make blocks of the size of the head's weight in a moment."""
     return [
         log.operators[block]
-        for block, size in stretch(log, label)
+        for block, size in events_of(log, label)
         if block >= 0 and size == WORDS * WIDTH * HALF
     ]
 
@@ -134,7 +127,7 @@ def test_trained_head_has_one_from_the_pass_that_makes_it(
 def test_older_cards_sum_liger_s_gradient_by_whole_copies() -> None:
     # 13 chunks of at most 64 tokens, each with a product and its copy in float32.
     log = log_of("liger", "T4", method="full")
-    sizes = Counter(size for block, size in stretch(log, "2.forward") if block >= 0)
+    sizes = Counter(size for block, size in events_of(log, "2.forward") if block >= 0)
 
     assert sizes[WORDS * WIDTH * FLOAT] == 13
 
@@ -143,7 +136,7 @@ def test_cut_makes_no_logits() -> None:
     log = log_of("cut")
 
     assert most_logits(log) == 0
-    sums = [n for block, n in stretch(log, "2.forward") if n == LABELS * FLOAT]
+    sums = [n for block, n in events_of(log, "2.forward") if n == LABELS * FLOAT]
     assert len(sums) == 2
 
 

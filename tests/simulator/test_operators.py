@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes  # noqa: F401 (registers its operators)
 import pytest
 import torch
+from storage_meter import tensors
 
 from memplan.gpu import Gpu, find_gpu
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
@@ -41,7 +42,7 @@ def sizes(
     log = EventLog()
     log.begin("1.forward")
     tracer = Tracer(gpu, log, padded=False)
-    for tensor in _tensors((args, kwargs)):
+    for tensor in tensors((args, kwargs)):
         tracer.hold(tensor, log.allocate(0, "held"))
     first = len(log.events)
     with tracer:
@@ -50,16 +51,6 @@ def sizes(
     assert not any(block in (MARK, EMPTY_CACHE) for block, _ in events)
     del result
     return [-log.sizes[b] if n == FREE else n for b, n in events]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []
 
 
 aten = torch.ops.aten

@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from event_logs import events_of
 from storage_meter import StorageMeter
 from tiny_models import CPU, adapted, architecture, loop_of, tiny_recipe
 from torch import nn
@@ -24,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from memplan import optimizers, simulator
 from memplan.gpu import find_gpu
 from memplan.life import CARD, Evaluation, Generation, Life
-from memplan.simulator.events import FREE, MARK
+from memplan.simulator.events import FREE
 from memplan.training import life as training_life
 from memplan.training.model import trained_parameters
 
@@ -50,12 +51,9 @@ def traced(family: str, life: Life, label: str, **keys: Any) -> Told:
         architecture(family), real(**keys), find_gpu("80GB"), life=life, whole=True
     )
     log = trace.log
-    start = log.events.index((MARK, log.labels.index(label)))
     births: dict[int, int] = {}
     live = peak = 0
-    for block, num_bytes in log.events[start + 1 :]:
-        if block == MARK and num_bytes != FREE:
-            break
+    for block, num_bytes in events_of(log, label):
         if block < 0 or log.categories[block] == "workspace" or not log.sizes[block]:
             continue
         if num_bytes == FREE:
