@@ -36,7 +36,7 @@ def key(inputs: Mapping[str, Any], versions: Mapping[str, str]) -> str:
 
 def load(name: str) -> Simulation | None:
     """The simulation kept under a name; None where there is none that can be read."""
-    folder = _folder()
+    folder = cache_folder("simulations")
     file = None if folder is None else folder / f"{name}.json"
     if file is None or not file.is_file():
         return None
@@ -48,7 +48,7 @@ def load(name: str) -> Simulation | None:
 
 def keep(name: str, simulation: Simulation) -> None:
     """Keeps a simulation; a cache that cannot be written is done without."""
-    folder = _folder()
+    folder = cache_folder("simulations")
     if folder is None:
         return
     with contextlib.suppress(OSError, InputError):
@@ -56,14 +56,15 @@ def keep(name: str, simulation: Simulation) -> None:
         write_json(folder / f"{name}.json", simulation.to_json())
 
 
-def _folder() -> Path | None:
+def cache_folder(kind: str) -> Path | None:
+    """The folder of the user's cache for what is kept; None where nothing is."""
     told = os.environ.get(ENVIRONMENT, "")
     if told.lower() == "off":
         return None
     if told:
-        return Path(told).expanduser()
+        return Path(told).expanduser() / kind
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "memplan" / "simulations"
+    return Path(base).expanduser() / "memplan" / kind
 
 
 @functools.cache

@@ -58,12 +58,17 @@ def write_text(path: Path, text: str, field: str = "file") -> None:
 
     Raises InputError, which names the field, where the file cannot be written.
     """
+    write_bytes(path, text.encode(), field)
+
+
+def write_bytes(path: Path, content: bytes, field: str = "file") -> None:
+    """Writes bytes, replacing the file at once or not at all; errors likewise."""
     # os.replace would put a file in the place of a link; what it points to is meant.
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.urandom(6).hex()}.tmp")
     try:
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -206,7 +206,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
         log.begin(label)
         yield
 
-    with _no_warnings(), _no_initialization():
+    with no_warnings(), no_initialization():
         with phase("load"):
             model = training_model.build(architecture, recipe)
             Loader(tracer, recipe).load(model)
@@ -348,7 +348,7 @@ def _labelling_gradients(
 
 
 @contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
     """Keeps what libraries say about training on this machine off the terminal."""
     loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers")]
     levels = [logger.level for logger in loggers]
@@ -364,7 +364,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_initialization() -> Iterator[None]:
+def no_initialization() -> Iterator[None]:
     """Leaves the values of new adapters on the host as they are: none is read."""
     names = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_")
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from memplan.simulator import kernels
+from memplan import kernels
 from memplan.simulator.trace import Tracer
 
 MASK_STEP = 8

@@ -87,7 +87,6 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
 
 def adapt(model: nn.Module, architecture: Architecture, recipe: Recipe) -> nn.Module:
     """The model with the recipe's method installed."""
-    method = methods.find(recipe.method)
     targets = target_modules(architecture, recipe)
     fused = dict(_fused_linears(architecture))
     if isinstance(recipe.targets, str):
@@ -95,11 +94,18 @@ def adapt(model: nn.Module, architecture: Architecture, recipe: Recipe) -> nn.Mo
     if recipe.method != "full":
         _check_fused(recipe, targets, fused)
         _check_trained_modules(model, recipe)
-    adapted = method.apply(model, recipe, targets)
+    adapted = install(model, recipe, targets)
     if recipe.method != "full":
-        _cast_adapters(adapted, recipe)
         _check_patterns(adapted, recipe)
     return adapted.train()
+
+
+def install(model: nn.Module, recipe: Recipe, targets: tuple[str, ...]) -> nn.Module:
+    """The model with the method on the modules of those paths, in its precision."""
+    adapted = methods.find(recipe.method).apply(model, recipe, targets)
+    if recipe.method != "full":
+        _cast_adapters(adapted, recipe)
+    return adapted
 
 
 def target_modules(architecture: Architecture, recipe: Recipe) -> tuple[str, ...]:

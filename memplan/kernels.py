@@ -6,6 +6,7 @@ first kernel of the order that can run. Shapes: query (B, H, M, D), key (B, Hk, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memplan.errors import InputError
@@ -50,15 +51,18 @@ class Shapes:
 def choose(asked: str, shapes: Shapes, gpu: Gpu) -> str:
     """The kernel that runs; raises InputError where a pinned one cannot."""
     if asked not in KERNELS:
-        return next(
-            kernel for kernel in _order(gpu) if not _obstacle(kernel, shapes, gpu)
-        )
+        return first(_order(gpu), shapes, gpu)
     obstacle = _obstacle(asked, shapes, gpu)
     if obstacle:
         raise InputError(
             "attention", asked, f"cannot run here: {obstacle}", "use attention auto"
         )
     return asked
+
+
+def first(order: Iterable[str], shapes: Shapes, gpu: Gpu) -> str:
+    """The first kernel of an order that can run; math always can."""
+    return next(kernel for kernel in order if not _obstacle(kernel, shapes, gpu))
 
 
 def _order(gpu: Gpu) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from memplan.errors import InputError
 from memplan.gpu import find_gpu
-from memplan.simulator.kernels import Shapes, choose
+from memplan.kernels import Shapes, choose
 
 T4 = find_gpu("T4")
 A100 = find_gpu("A100 80GB")

@@ -1,0 +1,113 @@
+"""What a layer keeps for backward, and the most it holds while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.estimator.polynomials import Sizes, larger, value
+from memplan.tape import BlockTape, LayerTape, Mark, Stretch, Tape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hole:
+    """What stands in a hole: a linear layer's tape, its sizes, its gradient's bytes."""
+
+    tape: LayerTape
+    sizes: Sizes
+    gradient_bytes: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBytes:
+    """A layer's bytes, above what was live when it began."""
+
+    kept: Any
+    """From its forward to its backward."""
+    forward_peak: Any
+    backward_peak: Any
+    """Above what was live before its forward."""
+
+
+class Walk:
+    """Live bytes along a tape, and their maximum."""
+
+    def __init__(
+        self, sizes: Sizes, holes: tuple[Hole, ...], live: Any = 0, *, accumulates: bool
+    ) -> None:
+        self._sizes = sizes
+        self._holes = holes
+        self._accumulates = accumulates
+        self._held: dict[int, Any] = {}
+        """By hole: the bytes of the input that is kept until its backward."""
+        self._done: set[int] = set()
+        """Holes whose backward ran."""
+        self.live = live
+        self.peak = live
+
+    def run(self, tape: Tape, *, passing: bool = False) -> None:
+        """Walks a tape; `passing` is a checkpoint's first forward."""
+        for item in tape:
+            if isinstance(item, Stretch):
+                self.stretch(item, self._sizes)
+            elif item.kind == "drop":
+                self._drop(item, passing=passing)
+            elif item.kind == "F":
+                hole = self._holes[item.holes[0]]
+                tape_ = hole.tape.passing if passing else hole.tape.forward
+                self.stretch(tape_, hole.sizes)
+            else:
+                self._back(item.holes[0])
+
+    def stretch(self, stretch: Stretch, sizes: Sizes) -> None:
+        live = self.live
+        for peak in stretch.peaks:
+            self.peak = larger(self.peak, live + value(peak, sizes))
+        self.live = live + value(stretch.net, sizes)
+
+    def start_again(self) -> Any:
+        """The peak so far; from here on another is looked for."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _drop(self, mark: Mark, *, passing: bool) -> None:
+        """Drops the input of holes, or leaves that to the last that holds it."""
+        size = value(mark.size, self._sizes)
+        holders = [
+            hole
+            for hole in mark.holes
+            if self._holes[hole].tape.holds_input and hole not in self._done
+        ]
+        if holders and not passing:
+            last = min(holders)
+            self._held[last] = self._held.get(last, 0) + size
+            return
+        self.live = self.live - size
+
+    def _back(self, number: int) -> None:
+        hole = self._holes[number]
+        self.stretch(hole.tape.backward, hole.sizes)
+        if self._accumulates:
+            self.peak = larger(self.peak, self.live + hole.gradient_bytes)
+        else:
+            self.live = self.live + hole.gradient_bytes
+            self.peak = larger(self.peak, self.live)
+        self.live = self.live - self._held.pop(number, 0)
+        self._done.add(number)
+
+
+def layer_bytes(
+    tape: BlockTape,
+    holes: tuple[Hole, ...],
+    sizes: Sizes,
+    *,
+    checkpointed: bool,
+    accumulates: bool,
+) -> LayerBytes:
+    """Bytes of one layer."""
+    walk = Walk(sizes, holes, accumulates=accumulates)
+    walk.run(tape.forward, passing=checkpointed)
+    kept = walk.live
+    forward_peak = walk.start_again()
+    walk.run(tape.backward)
+    return LayerBytes(kept=kept, forward_peak=forward_peak, backward_peak=walk.peak)

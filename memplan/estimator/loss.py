@@ -1,0 +1,43 @@
+"""Head and loss: what they keep, and the most that they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.estimator.polynomials import larger
+from memplan.tape import LossTape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossBytes:
+    """Bytes of head and loss at so many tokens, above what was live before."""
+
+    kept: Any
+    left: Any
+    forward_peak: Any
+    backward_peak: Any
+    logits: Any
+
+
+def loss_bytes(tape: LossTape, tokens: Any) -> LossBytes:
+    """The tape's numbers at `tokens`, on the straight lines between its own."""
+    return LossBytes(
+        kept=_at(tape.tokens, tape.kept, tokens),
+        left=_at(tape.tokens, tape.left, tokens),
+        forward_peak=_at(tape.tokens, tape.forward_peak, tokens),
+        backward_peak=_at(tape.tokens, tape.backward_peak, tokens),
+        logits=_at(tape.tokens, tape.logits, tokens),
+    )
+
+
+def _at(knots: tuple[int, ...], values: tuple[int, ...], tokens: Any) -> Any:
+    """f(N) = f_0 + sum over knots of the change of slope times max(0, N - knot)."""
+    slope = (values[1] - values[0]) / (knots[1] - knots[0])
+    total = values[0] + slope * (tokens - knots[0])
+    for index in range(1, len(knots) - 1):
+        width = knots[index + 1] - knots[index]
+        next_slope = (values[index + 1] - values[index]) / width
+        total = total + (next_slope - slope) * larger(tokens - knots[index], 0)
+        slope = next_slope
+    return total

@@ -1,0 +1,140 @@
+"""Which tapes a recipe needs: what of it decides how the step runs, sizes aside."""
+
+from __future__ import annotations
+
+from memplan import kernels
+from memplan.architecture import Architecture
+from memplan.gpu import Gpu
+from memplan.recipe import Recipe
+from memplan.tape import Heads, LayerRegime, LossRegime, Regime
+
+_SAME_SIZE = {"float16": "bfloat16"}
+"""Precisions whose tensors and kernels are of the same sizes."""
+
+_SAME_TAPE = {
+    "rslora": "lora",
+    "lora-plus": "lora",
+    "fp4": "nf4",
+    "fp4-double": "nf4-double",
+}
+"""Methods and schemes that run as others do: only values or learning rates differ."""
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Whether PEFT's k-bit preparation casts what is not quantised to float32."""
+    return (
+        recipe.quantization != "none"
+        and recipe.kbit_prepare
+        and recipe.method != "full"
+    )
+
+
+def dtype_outside(recipe: Recipe) -> str:
+    """The precision of parameters outside of quantised layers, while training."""
+    return "float32" if is_prepared(recipe) else recipe.dtype
+
+
+def hidden_dtype(recipe: Recipe) -> str:
+    """The precision of attention's operands."""
+    return recipe.autocast if recipe.autocast != "none" else dtype_outside(recipe)
+
+
+def model_regime(
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu,
+    heads: tuple[Heads, ...],
+    window: int | None,
+) -> Regime:
+    """The regime of the model's body."""
+    attention, masked = _attention(recipe, gpu, heads)
+    keeps_half = attention in ("eager", "math")
+    dtype, autocast = dtype_outside(recipe), recipe.autocast
+    return Regime(
+        dtype=dtype if keeps_half else _SAME_SIZE.get(dtype, dtype),
+        autocast=autocast if keeps_half else _SAME_SIZE.get(autocast, autocast),
+        casts_output=recipe.autocast != "none" and recipe.quantization == "none",
+        attention=attention,
+        masked_attention=masked,
+        padded=recipe.padded,
+        windowed=window is not None and recipe.sequence_length > window,
+        trained=recipe.method == "full",
+        checkpointed=recipe.checkpointing == "full",
+    )
+
+
+def _attention(
+    recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...]
+) -> tuple[str, str]:
+    """The kernels of attention without and with a mask."""
+    if recipe.attention == "eager" or not heads:
+        return "eager", "eager"
+    unmasked = kernels.choose(
+        "auto" if recipe.padded else recipe.attention,
+        _shapes(recipe, heads[0], masked=False),
+        gpu,
+    )
+    masked = kernels.choose(
+        recipe.attention if recipe.padded else "auto",
+        _shapes(recipe, heads[0], masked=True),
+        gpu,
+    )
+    return unmasked, masked
+
+
+def _shapes(recipe: Recipe, heads: Heads, *, masked: bool) -> kernels.Shapes:
+    batch, length = recipe.batch_size, recipe.sequence_length
+    repeats = masked or recipe.attention == "efficient"
+    return kernels.Shapes(
+        query=(batch, heads.query, length, heads.query_dim),
+        key=(batch, heads.query if repeats else heads.key, length, heads.query_dim),
+        value=(batch, heads.query if repeats else heads.key, length, heads.value_dim),
+        dtype=hidden_dtype(recipe),
+        masked=masked,
+        causal=not masked,
+        dropout=0.0,
+        grouped=heads.grouped and not repeats,
+        dense_rows=heads.dense_rows,
+        trains=True,
+    )
+
+
+def loss_regime(recipe: Recipe) -> LossRegime:
+    """The regime of head and loss."""
+    dtype = dtype_outside(recipe)
+    return LossRegime(
+        loss=recipe.loss,
+        dtype=_SAME_SIZE.get(dtype, dtype),
+        autocast=_SAME_SIZE.get(recipe.autocast, recipe.autocast),
+        float32_outputs=recipe.trainer != "plain" and recipe.autocast != "none",
+        trained=recipe.method == "full" or "lm_head" in recipe.trained_modules,
+        keeps_output=recipe.keep_outputs != "none",
+    )
+
+
+def layer_regime(
+    recipe: Recipe, *, adapted: bool, quantized: bool, bias: bool, input_dtype: str
+) -> LayerRegime:
+    """The regime of a linear layer; what it does not depend on is left as it is."""
+    method = recipe.method if adapted or recipe.method == "full" else "frozen"
+    quantization = recipe.quantization if quantized else "none"
+    quantization = _SAME_TAPE.get(quantization, quantization)
+    has_adapter = method not in ("frozen", "full")
+    same = {} if quantization == "int8" else _SAME_SIZE
+    dtype = recipe.dtype if quantized else dtype_outside(recipe)
+    return LayerRegime(
+        method=_SAME_TAPE.get(method, method),
+        quantization=quantization,
+        dtype=same.get(dtype, dtype),
+        input_dtype=same.get(input_dtype, input_dtype),
+        autocast=same.get(recipe.autocast, recipe.autocast),
+        compute_dtype=same.get(recipe.compute_dtype, recipe.compute_dtype)
+        if quantized
+        else "bfloat16",
+        adapter_dtype=same.get(recipe.adapter_dtype, recipe.adapter_dtype)
+        if has_adapter
+        else "float32",
+        input_casts=recipe.input_casts if has_adapter else True,
+        dropout=recipe.dropout > 0 if has_adapter else False,
+        bias=bias,
+    )

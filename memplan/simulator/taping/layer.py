@@ -1,0 +1,235 @@
+"""A linear layer's tape: its step as a method and a quantisation make it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from memplan import quantizations
+from memplan.gpu import find_gpu
+from memplan.recipe import Recipe
+from memplan.simulator import no_initialization, no_warnings
+from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.reroute import Reroute
+from memplan.simulator.taping.holes import TapeTracer
+from memplan.simulator.taping.model import CARD
+from memplan.simulator.taping.polynomials import (
+    BATCH,
+    LENGTHS,
+    Dimensions,
+    add,
+    largest,
+)
+from memplan.tape import LayerRegime, LayerTape, Polynomial, Stretch
+from memplan.training import model as training_model
+from memplan.training.step import autocast
+
+STEP = 64
+"""What inputs and outputs are multiples of: a 4-bit block's weights."""
+
+_IN, _OUT, _RANK = 1013, 1019, 1009
+
+IN_FEATURES = STEP * _IN
+OUT_FEATURES = STEP * _OUT
+RANK = _RANK
+
+DIMENSIONS = Dimensions(
+    {
+        "N": (BATCH * LENGTHS[0], BATCH),
+        "i": (IN_FEATURES, _IN),
+        "o": (OUT_FEATURES, _OUT),
+        "r": (RANK, _RANK),
+    }
+)
+
+
+class Single(nn.Module):
+    """A model of one linear layer, as PEFT can adapt it."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+        self.config = PreTrainedConfig()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """What PEFT asks a causal language model for."""
+
+
+def trace_layer(regime: LayerRegime) -> LayerTape:
+    """The tape of a linear layer in a regime."""
+    return _Reader(_run(regime, keeps=True), _run(regime, keeps=False)).read()
+
+
+def _recipe(regime: LayerRegime) -> Recipe:
+    method = "full" if regime.method == "frozen" else regime.method
+    return Recipe(
+        method=method,
+        quantization=regime.quantization,
+        dtype=regime.dtype,
+        autocast=regime.autocast,
+        compute_dtype=regime.compute_dtype,
+        adapter_dtype=regime.adapter_dtype,
+        input_casts=regime.input_casts,
+        dropout=0.5 if regime.dropout else 0.0,
+        targets=("linear",),
+        rank=RANK,
+        batch_size=BATCH,
+        sequence_length=LENGTHS[0],
+    )
+
+
+def build_layer(regime: LayerRegime) -> nn.Module:
+    """The model of one layer, quantised and adapted."""
+    recipe = _recipe(regime)
+    dtype = getattr(torch, regime.dtype)
+    linear: nn.Module = nn.Linear(
+        IN_FEATURES, OUT_FEATURES, bias=regime.bias, dtype=dtype, device="meta"
+    )
+    scheme = quantizations.find(regime.quantization)
+    if scheme.loading_flag is not None:
+        linear = scheme.quantized(linear, recipe)
+    model = Single(linear)
+    if scheme.loading_flag is not None:
+        setattr(model, scheme.loading_flag, True)
+        model.is_quantized = True
+    model.requires_grad_(False)
+    if regime.method == "frozen":
+        return model.train()
+    if regime.method == "full":
+        return model.requires_grad_(True).train()
+    return training_model.install(model, recipe, ("linear",)).train()
+
+
+def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
+    recipe = _recipe(regime)
+    log = EventLog()
+    tracer = TapeTracer(find_gpu(CARD), log, padded=False)
+    device = torch.device("meta")
+    with no_warnings(), no_initialization():
+        with Reroute(tracer, recipe).installed(), tracer:
+            model = build_layer(regime)
+            for tensor in (*model.parameters(), *model.buffers()):
+                tracer.ignore(tensor)
+            log.begin("1.forward")
+            dtype = getattr(torch, regime.input_dtype)
+            with torch.set_grad_enabled(keeps), autocast(recipe, device):
+                single = next(m for m in model.modules() if isinstance(m, Single))
+                _step(single, tracer, dtype)
+            tracer.stop()
+    return log, tracer
+
+
+def _step(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
+    """Forward and, where gradients are enabled, backward, between four marks."""
+    x = _Source.apply(tracer.token, dtype, tracer)  # type: ignore[no-untyped-call]
+    tracer.mark("F", 0, x)
+    y = model(x)
+    tracer.mark("f", 0, y)
+    if not torch.is_grad_enabled():
+        return
+    loss = _Sink.apply(y, tracer)  # type: ignore[no-untyped-call]
+    del x, y
+    tracer.mark("dropped", 0, None)
+    with torch.autocast("cuda", enabled=False):
+        loss.backward()
+    del loss
+
+
+class _Source(torch.autograd.Function):
+    """Makes the input, and takes its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: torch.Tensor, dtype: torch.dtype, tracer: TapeTracer
+    ) -> torch.Tensor:
+        ctx.tracer = tracer
+        shape = (BATCH, LENGTHS[0], IN_FEATURES)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.tracer.mark("b", 0, grad)
+        return torch.empty((), device="meta"), None, None
+
+
+class _Sink(torch.autograd.Function):
+    """Takes the output, and makes its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, tracer: TapeTracer) -> torch.Tensor:
+        ctx.shape, ctx.dtype, ctx.tracer = y.shape, y.dtype, tracer
+        return y.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        grad_y = torch.empty(ctx.shape, dtype=ctx.dtype, device="meta")
+        ctx.tracer.mark("B", 0, grad_y)
+        return grad_y, None
+
+
+class _Reader:
+    """Reads the stretches of a layer off its two runs."""
+
+    def __init__(
+        self, kept: tuple[EventLog, TapeTracer], passing: tuple[EventLog, TapeTracer]
+    ) -> None:
+        self._log, self._tracer = kept
+        self._passing = passing
+        self._freed = {b for b, size in self._log.events if size == FREE}
+        self._at = {mark.kind: (at, mark.block) for at, mark in self._tracer.marks}
+
+    def read(self) -> LayerTape:
+        begin, x = self._at["F"]
+        end, _ = self._at["f"]
+        dropped, _ = self._at["dropped"]
+        back, grad_y = self._at["B"]
+        behind, _ = self._at["b"]
+        events = self._log.events
+        released = {block for block, size in events[back:] if size == FREE}
+        kept = [
+            block
+            for block, size in events[begin:end]
+            if size >= 0 and block in released and block >= 0
+        ]
+        holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
+        return LayerTape(
+            forward=self._stretch(self._log, begin, end, ()),
+            passing=self._read_passing(),
+            backward=self._stretch(self._log, back, behind, (x, grad_y)),
+            holds_input=holds,
+            kept=tuple(DIMENSIONS.monomial(self._log.sizes[block]) for block in kept),
+        )
+
+    def _read_passing(self) -> Stretch:
+        log, tracer = self._passing
+        places = {mark.kind: place for place, mark in tracer.marks}
+        return self._stretch(log, places["F"], places["f"], ())
+
+    def _stretch(
+        self, log: EventLog, begin: int, end: int, ignored: tuple[int, ...]
+    ) -> Stretch:
+        """The stretch, without what outlives the step: gradients and workspaces."""
+        freed = {block for block, size in log.events if size == FREE}
+        net: Polynomial = {}
+        candidates: list[Polynomial] = []
+        for block, size in log.events[begin:end]:
+            if block == MARK or block in ignored:
+                continue
+            bytes_ = DIMENSIONS.monomial(log.sizes[block])
+            if size == FREE:
+                net = add(net, bytes_, -1)
+            elif block in freed or not self._outlives(log, block):
+                net = add(net, bytes_)
+                candidates.append(net)
+        return Stretch(net=net, peaks=tuple(largest(candidates)))
+
+    def _outlives(self, log: EventLog, block: int) -> bool:
+        word = "".join(DIMENSIONS.monomial(log.sizes[block]))
+        return "N" not in word

@@ -1,0 +1,493 @@
+"""A model's tape: one step of a short copy of it, its linear layers holes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from memplan import kernels
+from memplan.architecture import Architecture, Block
+from memplan.gpu import Gpu, find_gpu
+from memplan.inspector import build_config
+from memplan.model_source import ModelSource
+from memplan.recipe import Recipe
+from memplan.simulator import no_initialization, no_warnings
+from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.reroute import Reroute
+from memplan.simulator.taping.holes import Hole, HoleMark, TapeTracer
+from memplan.simulator.taping.polynomials import (
+    BATCH,
+    LENGTHS,
+    add,
+    hides_length,
+    largest,
+    sizes_in_batch,
+)
+from memplan.tape import (
+    LOSS,
+    BlockTape,
+    Heads,
+    Mark,
+    ModelTape,
+    Polynomial,
+    Regime,
+    Stretch,
+    Tape,
+)
+from memplan.training import model as training_model
+from memplan.training.attention import repeated_heads
+from memplan.training.batch import make_batch
+from memplan.training.step import autocast
+
+LAYERS_OF_A_KIND = 3
+"""The one in the middle is read: its neighbours are as those of most layers are."""
+
+CARD = "80GB"
+"""The card whose kernels' scratch is read: capability 8.6."""
+
+WINDOW = 128
+"""The window of sliding attention in sequences that are longer than it."""
+
+NO_WINDOW = 2**20
+"""The window of sliding attention in sequences that are shorter than it."""
+
+
+def main_stack(architecture: Architecture) -> str:
+    """The path of the stack that holds most parameters: the decoder's layers."""
+    sizes: dict[str, int] = {}
+    for block in architecture.blocks:
+        size = block.num_parameters * len(block.layers)
+        sizes[block.stack] = sizes.get(block.stack, 0) + size
+    return max(sizes, key=sizes.__getitem__)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A traced step."""
+
+    log: EventLog
+    marks: list[tuple[int, HoleMark]]
+    positions: dict[int, int]
+    """By hole: the position of its layer."""
+    numbers: dict[int, int]
+    """By hole: its number among those of its layer."""
+    paths: dict[int, list[str]]
+    """By layer: the paths of its holes in it."""
+    stack: str
+    calls: list[kernels.Shapes]
+    """What attention was given."""
+    input_dtypes: dict[int, str]
+    """By hole: the precision of its input."""
+    plain: dict[int, bool]
+    """By hole: whether it stands for a plain linear layer."""
+    window: int | None
+    sizes: list[Polynomial] = field(default_factory=list)
+    """By block."""
+
+
+def trace_model(architecture: Architecture, regime: Regime) -> ModelTape:
+    """The tape of a model in a regime."""
+    stack = main_stack(architecture)
+    blocks = [block for block in architecture.blocks if block.stack == stack]
+    kept = _kept_layers(blocks)
+    run = _run(architecture, regime, stack, kept, LENGTHS[0])
+    second = None
+    if any(hides_length(size) for size in run.log.sizes):
+        second = _run(architecture, regime, stack, kept, LENGTHS[1]).log.sizes
+    run.sizes = sizes_in_batch(run.log.sizes, second)
+    read = [_layer_to_read(block, kept) for block in blocks]
+    return _Parser(run, len(kept)).parse(read)
+
+
+def _kept_layers(blocks: list[Block]) -> list[int]:
+    return sorted(
+        layer for block in blocks for layer in block.layers[:LAYERS_OF_A_KIND]
+    )
+
+
+def _layer_to_read(block: Block, kept: list[int]) -> int:
+    """The position of the second of its kind, or of the only one."""
+    layers = [layer for layer in block.layers if layer in kept]
+    return kept.index(layers[min(1, len(layers) - 1)])
+
+
+def _run(
+    architecture: Architecture,
+    regime: Regime,
+    stack: str,
+    kept: list[int],
+    length: int,
+) -> _Run:
+    recipe = _recipe(regime, length)
+    log = EventLog()
+    calls: list[kernels.Shapes] = []
+    tracer = TapeTracer(find_gpu(CARD), log, padded=regime.padded)
+    tracer.vocab_size = architecture.vocab_size
+    with no_warnings(), no_initialization():
+        model = _short_model(architecture, recipe, regime, stack, kept)
+        model.requires_grad_(regime.trained)
+        plain = _plain(model.get_submodule(stack))
+        holes = _dig(model.get_submodule(stack), tracer, regime)
+        training_model.prepare(model, recipe)
+        _require_gradient(model)
+        model.train()
+        with (
+            Reroute(tracer, recipe).installed(),
+            _kernels(regime, calls),
+            repeated_heads(regime.attention),
+            tracer,
+        ):
+            tracer.name_modules(model)
+            _step(model, recipe, architecture.vocab_size, tracer)
+    return _Run(
+        log=log,
+        marks=tracer.marks,
+        positions={hole: int(path.split(".")[0]) for hole, path in holes.items()},
+        numbers=_numbers(holes),
+        paths=_paths(holes),
+        stack=stack,
+        calls=calls,
+        input_dtypes=tracer.input_dtypes,
+        plain=plain,
+        window=_window(architecture),
+    )
+
+
+def _recipe(regime: Regime, length: int) -> Recipe:
+    return Recipe(
+        method="full",
+        dtype=regime.dtype,
+        autocast=regime.autocast,
+        attention="eager" if regime.attention == "eager" else "auto",
+        padded=regime.padded,
+        checkpointing="full" if regime.checkpointed else "none",
+        keep_outputs="none",
+        batch_size=BATCH,
+        sequence_length=length,
+    )
+
+
+def _short_model(
+    architecture: Architecture,
+    recipe: Recipe,
+    regime: Regime,
+    stack: str,
+    kept: list[int],
+) -> nn.Module:
+    model = training_model.build(architecture, recipe)
+    whole = model.get_submodule(stack)
+    assert isinstance(whole, nn.ModuleList)
+    parent, _, name = stack.rpartition(".")
+    short = nn.ModuleList([whole[layer] for layer in kept])
+    setattr(model.get_submodule(parent), name, short)
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(whole):
+            setattr(config, key, [value[layer] for layer in kept])
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW if regime.windowed else NO_WINDOW
+    return model
+
+
+def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]:
+    """Puts holes in the place of linear layers; their paths in the stack by number."""
+    dtype = getattr(torch, regime.autocast) if regime.casts_output else None
+    paths: dict[int, str] = {}
+    for path, linear in list(stack.named_modules()):
+        if not isinstance(linear, nn.Linear | Conv1D):
+            continue
+        shape = linear.weight.shape
+        out_features = shape[1] if isinstance(linear, Conv1D) else shape[0]
+        number = len(paths)
+        stack.set_submodule(path, Hole(tracer, number, out_features, dtype))
+        paths[number] = path
+    return paths
+
+
+def _plain(stack: nn.Module) -> dict[int, bool]:
+    linears = [m for m in stack.modules() if isinstance(m, nn.Linear | Conv1D)]
+    return {
+        number: type(linear) in (nn.Linear, Conv1D)
+        for number, linear in enumerate(linears)
+    }
+
+
+def _window(architecture: Architecture) -> int | None:
+    source = ModelSource(
+        name=architecture.name, origin="catalog", config=dict(architecture.config)
+    )
+    config = build_config(source).get_text_config()
+    return getattr(config, "sliding_window", None) or None
+
+
+def _numbers(holes: dict[int, str]) -> dict[int, int]:
+    counts: dict[str, int] = {}
+    numbers = {}
+    for hole, path in holes.items():
+        layer = path.split(".")[0]
+        numbers[hole] = counts.get(layer, 0)
+        counts[layer] = numbers[hole] + 1
+    return numbers
+
+
+def _paths(holes: dict[int, str]) -> dict[int, list[str]]:
+    paths: dict[int, list[str]] = {}
+    for path in holes.values():
+        layer, _, rest = path.partition(".")
+        paths.setdefault(int(layer), []).append(rest)
+    return paths
+
+
+def _require_gradient(model: nn.Module) -> None:
+    """Lets the first layer's input need a gradient, as every other layer's does."""
+
+    def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output if output.requires_grad else output.requires_grad_(True)
+
+    model.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
+
+
+def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> None:
+    """The body's step; the head and the loss are one more hole."""
+    device = torch.device("meta")
+    tracer.log.begin("1.forward")
+    batch = make_batch(recipe, vocab_size, device)
+    labels = batch.pop("labels")
+    with autocast(recipe, device):
+        hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+        loss = Hole(tracer, LOSS, 1, torch.float32)(hidden)
+    del hidden
+    tracer.log.begin("1.backward")
+    loss.sum().backward()
+    del loss, batch, labels
+    tracer.stop()
+
+
+@contextmanager
+def _kernels(regime: Regime, calls: list[kernels.Shapes]) -> Iterator[None]:
+    """Attention by the regime's kernels, or the next that takes such heads."""
+
+    def choose(asked: str, shapes: kernels.Shapes, gpu: Gpu) -> str:
+        wanted = regime.masked_attention if shapes.masked else regime.attention
+        calls.append(shapes)
+        return kernels.first((wanted, *kernels.KERNELS), shapes, gpu)
+
+    with mock.patch.object(kernels, "choose", choose):
+        yield
+
+
+def _heads(calls: list[kernels.Shapes]) -> tuple[Heads, ...]:
+    """The heads of attention calls, those without a mask first, each once."""
+    heads = [
+        Heads(
+            query=shapes.query[1],
+            key=shapes.key[1],
+            query_dim=shapes.query[-1],
+            value_dim=shapes.value[-1],
+            grouped=shapes.grouped,
+            dense_rows=shapes.dense_rows,
+        )
+        for shapes in sorted(calls, key=lambda shapes: shapes.masked)
+    ]
+    return tuple(dict.fromkeys(heads))
+
+
+Event = tuple[int, int] | HoleMark
+
+
+class _Parser:
+    """Takes a traced step apart into the spans of its layers and what is around."""
+
+    def __init__(self, run: _Run, num_layers: int) -> None:
+        self._run = run
+        self._num_layers = num_layers
+        self._freed = {
+            block for block, size in run.log.events if size == FREE and block >= 0
+        }
+        self._size = run.sizes
+        self._forward: dict[int, list[Event]] = {}
+        self._backward: dict[int, list[Event]] = {}
+
+    def parse(self, layers: list[int]) -> ModelTape:
+        """The tape, its blocks those of the layers at those positions."""
+        forward, backward = self._moments()
+        before, spans, tail = self._split(forward, range(self._num_layers))
+        loss, spans_back, after = self._split(
+            backward, range(self._num_layers - 1, -1, -1)
+        )
+        self._forward, self._backward = spans, spans_back
+        return ModelTape(
+            attention=_heads(self._run.calls),
+            window=self._run.window,
+            before=self._stretch(before),
+            blocks=tuple(self._block(layer) for layer in layers),
+            tail=self._tape([*tail, *loss]),
+            after=self._stretch(after),
+        )
+
+    def _moments(self) -> tuple[list[Event], list[Event]]:
+        """The events of forward and backward, with the marks of holes in between."""
+        moments: list[list[Event]] = []
+        marks = iter([*self._run.marks, (len(self._run.log.events) + 1, None)])
+        at, mark = next(marks)
+        for index, event in enumerate(self._run.log.events):
+            while at <= index and mark is not None:
+                moments[-1].append(mark)
+                at, mark = next(marks)
+            if event[0] == MARK:
+                moments.append([])
+            else:
+                moments[-1].append(event)
+        forward, backward = moments
+        return forward, backward
+
+    def _split(
+        self, events: list[Event], order: range
+    ) -> tuple[list[Event], dict[int, list[Event]], list[Event]]:
+        """What comes before the layers, each layer's events, and what comes after."""
+        positions = [self._position(event) for event in events]
+        last = max(
+            index for index, position in enumerate(positions) if position is not None
+        )
+        parts: list[list[Event]] = [[] for _ in range(len(order) + 2)]
+        part = 0
+        for index, (event, position) in enumerate(zip(events, positions, strict=True)):
+            if position is not None and position == order[min(part, len(order) - 1)]:
+                part = min(part + 1, len(order))
+            elif index > last and self._is_allocation(event):
+                part = len(order) + 1
+            parts[part].append(event)
+        layers = dict(zip(order, parts[1:-1], strict=True))
+        return parts[0], layers, parts[-1]
+
+    def _position(self, event: Event) -> int | None:
+        """The position of the layer that makes a block; None outside of layers."""
+        if isinstance(event, HoleMark):
+            return self._run.positions.get(event.hole)
+        block, size = event
+        if block < 0 or size == FREE:
+            return None
+        module = self._run.log.modules[block]
+        head = f"{self._run.stack}."
+        if not module.startswith(head):
+            return None
+        return int(module.removeprefix(head).split(".")[0])
+
+    def _is_allocation(self, event: Event) -> bool:
+        return isinstance(event, HoleMark) or event[1] != FREE
+
+    def _block(self, layer: int) -> BlockTape:
+        run = self._run
+        holes = [hole for hole, place in run.positions.items() if place == layer]
+        return BlockTape(
+            input_dtypes=tuple(run.input_dtypes[hole] for hole in holes),
+            plain=tuple(run.plain[hole] for hole in holes),
+            holes=tuple(self._run.paths[layer]),
+            forward=self._tape(self._forward[layer]),
+            backward=self._tape(self._backward[layer]),
+            kept=self._kept(layer),
+        )
+
+    def _kept(self, layer: int) -> tuple[Polynomial, ...]:
+        """Blocks that are made in the layer's forward and released in backward."""
+        released = {
+            event[0]
+            for events in self._backward.values()
+            for event in events
+            if not isinstance(event, HoleMark) and event[1] == FREE
+        }
+        return tuple(
+            self._size[event[0]]
+            for event in self._forward[layer]
+            if not isinstance(event, HoleMark)
+            and event[1] != FREE
+            and event[0] in released
+        )
+
+    def _tape(self, events: list[Event]) -> Tape:
+        return tuple(_Writer(self, events).write())
+
+    def _stretch(self, events: list[Event]) -> Stretch:
+        tape = _Writer(self, events).write()
+        assert len(tape) == 1
+        stretch = tape[0]
+        assert isinstance(stretch, Stretch)
+        return stretch
+
+    def lives_on(self, block: int) -> bool:
+        """Whether a block outlives the step: gradients and workspaces do."""
+        return block not in self._freed
+
+    def size(self, block: int) -> Polynomial:
+        return self._size[block]
+
+    def number(self, hole: int) -> int:
+        return self._run.numbers.get(hole, LOSS)
+
+
+class _Writer:
+    """Writes events as stretches and marks."""
+
+    def __init__(self, parser: _Parser, events: list[Event]) -> None:
+        self._parser = parser
+        self._events = events
+        self._tape: list[Stretch | Mark] = []
+        self._inputs = self._inputs_of_holes()
+        self._inside = False
+        self._reset()
+
+    def write(self) -> list[Stretch | Mark]:
+        for event in self._events:
+            if isinstance(event, HoleMark):
+                self._mark(event)
+            elif event[1] == FREE:
+                self._free(event[0])
+            elif not self._inside and not self._parser.lives_on(event[0]):
+                self._allocate(event[0])
+        self._end_stretch(force=not self._tape)
+        return self._tape
+
+    def _inputs_of_holes(self) -> dict[int, tuple[int, ...]]:
+        """By block: the numbers of the holes that it goes into."""
+        inputs: dict[int, tuple[int, ...]] = {}
+        for event in self._events:
+            if isinstance(event, HoleMark) and event.kind == "F":
+                number = self._parser.number(event.hole)
+                inputs[event.block] = (*inputs.get(event.block, ()), number)
+        return inputs
+
+    def _mark(self, mark: HoleMark) -> None:
+        if mark.kind in ("F", "B"):
+            self._end_stretch()
+            number = self._parser.number(mark.hole)
+            self._tape.append(Mark(kind=mark.kind, holes=(number,)))
+        self._inside = mark.kind in ("F", "B")
+
+    def _allocate(self, block: int) -> None:
+        self._net = add(self._net, self._parser.size(block))
+        self._candidates.append(self._net)
+
+    def _free(self, block: int) -> None:
+        if block in self._inputs:
+            self._end_stretch()
+            size = self._parser.size(block)
+            self._tape.append(Mark(kind="drop", holes=self._inputs[block], size=size))
+            return
+        self._net = add(self._net, self._parser.size(block), -1)
+
+    def _end_stretch(self, *, force: bool = False) -> None:
+        if self._net or self._candidates or force:
+            peaks = tuple(largest(self._candidates))
+            self._tape.append(Stretch(net=self._net, peaks=peaks))
+        self._reset()
+
+    def _reset(self) -> None:
+        self._net: Polynomial = {}
+        self._candidates: list[Polynomial] = []

@@ -1,0 +1,106 @@
+"""Sizes of blocks as monomials of the dimensions that they were made from.
+
+A block's size is a product of a tensor's sides. Where each dimension has a prime factor
+of its own, its power shows in how often that prime divides the size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from memplan.tape import Polynomial
+
+BATCH = 1031
+"""A prime that divides no dimension of a model."""
+
+LENGTHS = (1021, 509)
+"""Primes below the fewest positions that a model learns, for two runs."""
+
+ROUNDED_LENGTH = 1024
+"""The first of the lengths, rounded up as kernels do that work in tiles."""
+
+LARGE_BYTES = 2**12
+"""Bytes a sequence from which on a size that shows no length is asked again."""
+
+
+def sizes_in_batch(
+    first: list[int], second: list[int] | None = None
+) -> list[Polynomial]:
+    """Sizes of blocks in B and T, from a run with each of the LENGTHS.
+
+    A kernel's scratch is often as long as the sequence rounded up, which no prime
+    shows; how it grows from one run to the other does.
+    """
+    dimensions = Dimensions({"B": (BATCH, BATCH), "T": (LENGTHS[0], LENGTHS[0])})
+    sizes = [dimensions.monomial(size) for size in first]
+    if second is None or len(second) != len(first):
+        return sizes
+    return [
+        _in_rounded_length(*pair) if _hides_length(size) else size
+        for size, pair in zip(sizes, zip(first, second, strict=True), strict=True)
+    ]
+
+
+def hides_length(num_bytes: int) -> bool:
+    """Whether a size may be as long as the sequence, without showing it."""
+    return num_bytes % LENGTHS[0] != 0 and num_bytes >= LARGE_BYTES * BATCH
+
+
+def _hides_length(size: Polynomial) -> bool:
+    return any("T" not in word and c >= LARGE_BYTES for word, c in size.items())
+
+
+def _in_rounded_length(first: int, second: int) -> Polynomial:
+    power = round(math.log(first / second, LENGTHS[0] / LENGTHS[1]))
+    word, rest = ("", first) if first % BATCH else ("B", first // BATCH)
+    return {word + "T" * power: rest / ROUNDED_LENGTH**power}
+
+
+class Dimensions:
+    """Dimensions by letter, each with the prime that tells it."""
+
+    def __init__(self, dimensions: Mapping[str, tuple[int, int]]) -> None:
+        """Takes for each letter the dimension and its prime."""
+        self._dimensions = dimensions
+
+    def monomial(self, num_bytes: int) -> Polynomial:
+        """The size as one monomial; empty for none."""
+        if num_bytes == 0:
+            return {}
+        word, rest, value = "", num_bytes, 1
+        for letter, (dimension, prime) in self._dimensions.items():
+            while rest % prime == 0:
+                word, rest, value = word + letter, rest // prime, value * dimension
+        return {word: _exact(num_bytes, value)}
+
+
+def _exact(num_bytes: int, value: int) -> float:
+    whole, rest = divmod(num_bytes, value)
+    return num_bytes / value if rest else whole
+
+
+def add(one: Polynomial, other: Polynomial, sign: int = 1) -> Polynomial:
+    """one + sign other, without monomials that vanish."""
+    total = dict(one)
+    for word, coefficient in other.items():
+        total[word] = total.get(word, 0) + sign * coefficient
+    return {word: c for word, c in total.items() if c}
+
+
+def is_below(one: Polynomial, other: Polynomial) -> bool:
+    """Whether no coefficient of the first is above the second's."""
+    return all(
+        one.get(word, 0) <= other.get(word, 0) for word in one.keys() | other.keys()
+    )
+
+
+def largest(candidates: Iterable[Polynomial]) -> list[Polynomial]:
+    """Those that are not below another."""
+    kept: list[Polynomial] = []
+    for candidate in candidates:
+        if any(is_below(candidate, other) for other in kept):
+            continue
+        kept = [other for other in kept if not is_below(other, candidate)]
+        kept.append(candidate)
+    return kept

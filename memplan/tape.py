@@ -1,0 +1,286 @@
+"""Tapes: what a model's parts allocate and release, with sizes as polynomials.
+
+A tape is read off one real step on meta tensors. Its sizes are polynomials of the batch
+B and the sequence T, so that one tape stands for every batch of its regime. Linear
+layers are holes in a model's tape: what happens in them depends on method and
+quantisation, and has a tape of its own, in tokens N = B T, inputs i, outputs o and rank
+r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Polynomial = Mapping[str, float]
+"""Bytes by monomial, which is a word over the dimensions' letters: `BT`, `BTT`, `Nr`;
+the empty word is the constant."""
+
+LOSS = -1
+"""The number of the hole that head and loss are."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Regime:
+    """What a model's tape depends on besides batch and sequence."""
+
+    dtype: str
+    """Of the parameters outside of linear layers, as trained."""
+    autocast: str
+    casts_output: bool
+    """Whether linear layers return autocast's precision, not their input's."""
+    attention: str
+    """The kernel of attention without a mask, or `eager`."""
+    masked_attention: str
+    """The kernel of attention with a mask."""
+    padded: bool
+    windowed: bool
+    """Whether sequences are longer than the windows of sliding attention."""
+    trained: bool
+    """Whether the parameters outside of linear layers are trained."""
+    checkpointed: bool
+
+    @property
+    def key(self) -> str:
+        """The name under which the tape is kept."""
+        flags = ("casts_output", "padded", "windowed", "trained", "checkpointed")
+        on = [flag for flag in flags if getattr(self, flag)]
+        kernels = f"{self.attention}/{self.masked_attention}"
+        return " ".join((self.dtype, self.autocast, kernels, *on))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """What happens between two marks: the peaks within it and what is left after it."""
+
+    net: Polynomial
+    """Bytes that are live after the stretch and were not before it."""
+    peaks: tuple[Polynomial, ...]
+    """Bytes above the start where most are live; the largest of these counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """A hole's forward or backward, or the place where the input of holes is dropped."""
+
+    kind: str
+    """`F`, `B`, or `drop`."""
+    holes: tuple[int, ...]
+    """Numbers of the holes: one, or all that share the dropped input."""
+    size: Polynomial = dataclasses.field(default_factory=dict)
+    """Bytes that are dropped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRegime:
+    """What a linear layer's tape depends on besides its dimensions."""
+
+    method: str
+    """The method that adapts the layer; `full` trains it, `frozen` leaves it alone."""
+    quantization: str
+    dtype: str
+    """Of the weights, as loaded."""
+    input_dtype: str
+    autocast: str
+    compute_dtype: str
+    adapter_dtype: str
+    input_casts: bool
+    dropout: bool
+    bias: bool
+
+    @property
+    def key(self) -> str:
+        """The name under which the tape is kept."""
+        flags = ("input_casts", "dropout", "bias")
+        on = [flag for flag in flags if getattr(self, flag)]
+        names = ("method", "quantization", "dtype", "input_dtype", "autocast")
+        types = ("compute_dtype", "adapter_dtype")
+        return " ".join((*(getattr(self, name) for name in (*names, *types)), *on))
+
+
+Tape = tuple[Stretch | Mark, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTape:
+    """A layer's forward and backward; under checkpointing the latter recomputes."""
+
+    holes: tuple[str, ...]
+    """Paths of the linear layers within the layer, by their numbers."""
+    input_dtypes: tuple[str, ...]
+    """Precisions of what they are given."""
+    plain: tuple[bool, ...]
+    """Whether they are plain linear layers, which alone are quantised."""
+    forward: Tape
+    backward: Tape
+    kept: tuple[Polynomial, ...]
+    """Blocks that the layer keeps from forward to backward, its holes' left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """The heads of an attention, on which the kernel depends that takes them."""
+
+    query: int
+    key: int
+    query_dim: int
+    value_dim: int
+    grouped: bool
+    """Whether the kernel is given fewer key than query heads."""
+    dense_rows: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelTape:
+    """A step of a model in one regime, its layers once for each kind."""
+
+    attention: tuple[Heads, ...]
+    """What attention is given; that without a mask first, none where it is eager."""
+    window: int | None
+    """Tokens that sliding attention sees, None where there is none."""
+    before: Stretch
+    """From the batch to the first layer's input."""
+    blocks: tuple[BlockTape, ...]
+    """By the kinds of layers of the architecture's stack, in their order."""
+    tail: Tape
+    """From the last layer's output to its gradient, head and loss being a hole."""
+    after: Stretch
+    """From the gradient of the first layer's input to the end of backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTape:
+    """A linear layer as a method and a quantisation make it."""
+
+    forward: Stretch
+    """Its net includes the output and what is kept for backward."""
+    passing: Stretch
+    """The forward of a checkpoint's first run, which keeps nothing for backward."""
+    backward: Stretch
+    """Its net includes the input's gradient, and lacks what forward kept."""
+    holds_input: bool
+    """Whether the input itself is kept for backward."""
+    kept: tuple[Polynomial, ...]
+    """Blocks that are kept from forward to backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossTape:
+    """The head and the loss, from the last hidden states and back to their gradient.
+
+    Numbers are bytes at so many tokens as `tokens` says, and lie on straight lines
+    between and beyond.
+    """
+
+    tokens: tuple[int, ...]
+    kept: tuple[int, ...]
+    """What is live after forward."""
+    left: tuple[int, ...]
+    """What is live after backward, where the caller holds the output."""
+    forward_peak: tuple[int, ...]
+    """The most that is live in forward."""
+    backward_peak: tuple[int, ...]
+    """The most that is live in backward."""
+    logits: tuple[int, ...]
+    """What of the larger of these two is logits."""
+    holds_input: bool
+    """Whether the hidden states are kept for backward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossRegime:
+    """What the tape of head and loss depends on."""
+
+    loss: str
+    dtype: str
+    """Of the hidden states and, but for a quantised head, of the head."""
+    autocast: str
+    float32_outputs: bool
+    """Whether a trainer hands outputs on in float32."""
+    trained: bool
+    """Whether the head is trained."""
+    keeps_output: bool
+    """Whether the caller holds the model's output through backward."""
+
+    @property
+    def key(self) -> str:
+        """The name under which the tape is kept."""
+        flags = ("float32_outputs", "trained", "keeps_output")
+        on = [flag for flag in flags if getattr(self, flag)]
+        return " ".join((self.loss, self.dtype, self.autocast, *on))
+
+
+def to_json(value: Any) -> Any:
+    """A tape, or a part of one, as lists and mappings; what is empty is left out."""
+    if isinstance(value, Stretch):
+        return [dict(value.net), [dict(peak) for peak in value.peaks]]
+    if isinstance(value, Mark):
+        return [value.kind, list(value.holes), dict(value.size)]
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: to_json(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def model_tape(data: Mapping[str, Any]) -> ModelTape:
+    """The tape that `to_json` wrote."""
+    return ModelTape(
+        attention=tuple(Heads(**heads) for heads in data["attention"]),
+        window=data["window"],
+        before=_stretch(data["before"]),
+        blocks=tuple(_block(block) for block in data["blocks"]),
+        tail=_tape(data["tail"]),
+        after=_stretch(data["after"]),
+    )
+
+
+def layer_tape(data: Mapping[str, Any]) -> LayerTape:
+    """The tape that `to_json` wrote."""
+    return LayerTape(
+        forward=_stretch(data["forward"]),
+        passing=_stretch(data["passing"]),
+        backward=_stretch(data["backward"]),
+        holds_input=data["holds_input"],
+        kept=tuple(data["kept"]),
+    )
+
+
+def loss_tape(data: Mapping[str, Any]) -> LossTape:
+    """The tape that `to_json` wrote."""
+    return LossTape(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in data.items()
+        }
+    )
+
+
+def _block(data: Mapping[str, Any]) -> BlockTape:
+    return BlockTape(
+        holes=tuple(data["holes"]),
+        input_dtypes=tuple(data["input_dtypes"]),
+        plain=tuple(data["plain"]),
+        forward=_tape(data["forward"]),
+        backward=_tape(data["backward"]),
+        kept=tuple(data["kept"]),
+    )
+
+
+def _tape(data: Sequence[Any]) -> Tape:
+    return tuple(
+        Mark(kind=item[0], holes=tuple(item[1]), size=item[2])
+        if isinstance(item[0], str)
+        else _stretch(item)
+        for item in data
+    )
+
+
+def _stretch(data: Sequence[Any]) -> Stretch:
+    net, peaks = data
+    return Stretch(net=net, peaks=tuple(peaks))

@@ -1,0 +1,163 @@
+"""Where tapes are kept: the catalog's, the user's cache, or traced when first used.
+
+A file of tapes holds a line for each regime, its key and the tape as JSON, compressed
+as a whole. Tracing needs torch; what is traced is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from memplan import results, tape
+from memplan.architecture import Architecture
+from memplan.errors import InputError, MissingExtraError
+from memplan.store import profiles_path, write_bytes
+from memplan.tape import (
+    LayerRegime,
+    LayerTape,
+    LossRegime,
+    LossTape,
+    ModelTape,
+    Regime,
+)
+
+Tape = TypeVar("Tape", ModelTape, LossTape, LayerTape)
+
+LAYERS = "layers"
+"""The file of the tapes of linear layers, which belong to no model."""
+
+
+class TapeFile:
+    """The tapes of a model, or of linear layers, by their keys."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lines: dict[str, str] | None = None
+        self._tapes: dict[str, Any] = {}
+
+    def find(
+        self,
+        key: str,
+        read: Callable[[Mapping[str, Any]], Tape],
+        trace: Callable[[], Tape],
+    ) -> Tape:
+        """The tape of that key: read where it is known, else traced and kept."""
+        if key in self._tapes:
+            found: Tape = self._tapes[key]
+            return found
+        if self._lines is None:
+            self._lines = _read(shipped_path(self._name)) | _read(self._cached_path)
+        line = self._lines.get(key)
+        made = read(json.loads(line)) if line is not None else self._trace(key, trace)
+        self._tapes[key] = made
+        return made
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that are known without tracing."""
+        return tuple(_read(shipped_path(self._name)) | _read(self._cached_path))
+
+    @property
+    def _cached_path(self) -> Path | None:
+        folder = results.cache_folder("tapes")
+        return None if folder is None else folder / f"{self._name}.tapes.gz"
+
+    def _trace(self, key: str, trace: Callable[[], Tape]) -> Tape:
+        made = trace()
+        if self._cached_path is not None:
+            lines = _read(self._cached_path) | {key: text(made)}
+            with contextlib.suppress(OSError, InputError):
+                self._cached_path.parent.mkdir(parents=True, exist_ok=True)
+                write(self._cached_path, lines)
+        return made
+
+
+def model_tape(architecture: Architecture, regime: Regime) -> ModelTape:
+    """The tape of a model's body; raises MissingExtraError where it needs torch."""
+
+    def trace() -> ModelTape:
+        return _taping(architecture).trace_model(architecture, regime)
+
+    return file_of(architecture).find(regime.key, tape.model_tape, trace)
+
+
+def loss_tape(architecture: Architecture, regime: LossRegime) -> LossTape:
+    """The tape of a model's head and loss; likewise."""
+
+    def trace() -> LossTape:
+        return _taping(architecture).trace_loss(architecture, regime)
+
+    return file_of(architecture).find(regime.key, tape.loss_tape, trace)
+
+
+def layer_tape(regime: LayerRegime) -> LayerTape:
+    """The tape of a linear layer; likewise."""
+
+    def trace() -> LayerTape:
+        return _taping(None).trace_layer(regime)
+
+    return _file(LAYERS).find(regime.key, tape.layer_tape, trace)
+
+
+def file_of(architecture: Architecture) -> TapeFile:
+    """The tapes of a model, which depend on its configuration alone."""
+    return _file(name_of(architecture))
+
+
+def name_of(architecture: Architecture) -> str:
+    """The name of a model's tapes: models of one configuration share them."""
+    told = json.dumps(dict(architecture.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+    return f"{architecture.model_type}-{digest}"
+
+
+def shipped_path(name: str) -> Path:
+    """The file of the catalog in which the tapes of that name would be."""
+    return profiles_path() / "tapes" / f"{name}.tapes.gz"
+
+
+def text(made: ModelTape | LossTape | LayerTape) -> str:
+    """A tape as its line holds it."""
+    return json.dumps(tape.to_json(made), separators=(",", ":"))
+
+
+def write(path: Path, lines: Mapping[str, str]) -> None:
+    """Writes tapes by key, replacing the file at once or not at all."""
+    whole = "".join(f"{key}\t{lines[key]}\n" for key in sorted(lines))
+    write_bytes(path, gzip.compress(whole.encode(), mtime=0))
+
+
+@functools.lru_cache(maxsize=256)
+def _file(name: str) -> TapeFile:
+    return TapeFile(name)
+
+
+def _read(path: Path | None) -> dict[str, str]:
+    if path is None or not path.is_file():
+        return {}
+    try:
+        whole = gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError):
+        return {}
+    pairs = (line.partition("\t") for line in whole.splitlines())
+    return {key: line for key, _, line in pairs}
+
+
+def _taping(architecture: Architecture | None) -> Any:
+    needed_for = (
+        "estimating this recipe, which nothing was read ahead for"
+        if architecture is None
+        else f"estimating {architecture.name} under this recipe for the first time"
+    )
+    try:
+        from memplan.simulator import taping
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(needed_for, error.name or "torch", "torch") from error
+    return taping
