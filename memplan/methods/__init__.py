@@ -101,8 +101,6 @@ class Method(ABC):
     """The option that a recipe's `lambda_pattern` sets layer by layer."""
     optimizer_bytes_per_number: ClassVar[int] = 0
     """Bytes that the method itself keeps for a trained number beside the optimizer."""
-    milestone: ClassVar[str | None] = None
-    """What is done now and then between steps, as the label of a moment."""
 
     @abstractmethod
     def parameter_shapes(
@@ -163,7 +161,9 @@ class Method(ABC):
                 )
             self.options[key].check(f"method_options.{key}", value)
 
-    def adapted(self, linears: Iterable[tuple[str, Linear]]) -> list[tuple[str, Linear]]:
+    def adapted(
+        self, linears: Iterable[tuple[str, Linear]], hidden_size: int
+    ) -> list[tuple[str, Linear]]:
         """Which of the targeted layers, each with its path, the method adapts."""
         return list(linears)
 
@@ -193,6 +193,10 @@ class Method(ABC):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
         """What the method does after an optimizer's step, while gradients are there."""
+
+    def milestone(self, recipe: Recipe) -> str | None:
+        """What is done now and then between steps, as the label of a moment."""
+        return None
 
     def reach_milestone(
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer
@@ -243,7 +247,7 @@ def adapted_linears(
         for path, linear in architecture.all_linears()
         if _is_targeted(path, linear, recipe)
     )
-    return find(recipe.method).adapted(targeted)
+    return find(recipe.method).adapted(targeted, architecture.hidden_size)
 
 
 def check_shapes(architecture: Architecture, recipe: Recipe) -> None:

@@ -66,8 +66,9 @@ class Loop:
 
     def reach_milestone(self) -> None:
         """What the method does now and then between steps, under its own label."""
-        assert self._method.milestone is not None
-        with self._phase(self._method.milestone):
+        label = self._method.milestone(self._recipe)
+        assert label is not None
+        with self._phase(label):
             self._method.reach_milestone(self._model, self._recipe, self.optimizer)
         self._parameters = trained_parameters(self._model)
 
