@@ -140,7 +140,7 @@ class Method(ABC):
         """
         return None
 
-    def check_linear(
+    def check_linear(  # noqa: B027 - most methods suit any layer
         self,
         path: str,
         linear: Linear,
@@ -160,6 +160,10 @@ class Method(ABC):
                     _options_of(recipe.method, self),
                 )
             self.options[key].check(f"method_options.{key}", value)
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """Sentences on what a recipe with this method may not be thought to do."""
+        return ()
 
     def adapted(
         self, linears: Iterable[tuple[str, Linear]], hidden_size: int
@@ -189,7 +193,7 @@ class Method(ABC):
         trained = [p for p in model.parameters() if p.requires_grad]
         return optimizers.find(recipe.optimizer).build_for(model, trained)
 
-    def after_step(
+    def after_step(  # noqa: B027 - most methods do nothing
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
         """What the method does after an optimizer's step, while gradients are there."""
@@ -202,6 +206,7 @@ class Method(ABC):
         self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer
     ) -> None:
         """Does what `milestone` says."""
+        raise NotImplementedError("nothing is done between steps")
 
 
 def options_at(recipe: Recipe, path: str) -> Mapping[str, Any]:
@@ -296,7 +301,7 @@ def check(recipe: Recipe) -> tuple[str, ...]:
             f"cannot be used with method {recipe.method!r}, which trains the weights",
             "use quantization none, or an adapter method such as lora",
         )
-    return tuple(_unused_keys(recipe, method))
+    return (*method.notes(recipe), *_unused_keys(recipe, method))
 
 
 def _options_of(name: str, method: Method) -> str:

@@ -25,7 +25,9 @@ class ElasticVariant(Variant):
     def init(self, module: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
         weight = module.lora_A[adapter_name].weight
         for name in SCALES:
-            zero = nn.Parameter(torch.zeros(1, device=weight.device, dtype=weight.dtype))
+            zero = nn.Parameter(
+                torch.zeros(1, device=weight.device, dtype=weight.dtype)
+            )
             setattr(module, name, nn.ParameterDict({adapter_name: zero}))
         module.adapter_layer_names = (*module.adapter_layer_names, *SCALES)
 
@@ -42,8 +44,10 @@ class ElasticVariant(Variant):
         rank = down.out_features
         inner = down(module.lora_dropout[active_adapter](x))
         inner = inner + first * x.unflatten(-1, (rank, -1)).mean(-1)
-        added = up(inner).unflatten(-1, (rank, -1)) + second * inner.unsqueeze(-1)
-        return result + added.flatten(-2) * module.scaling[active_adapter]
+        repeated = up(inner).unflatten(-1, (rank, -1)) + second * inner.unsqueeze(-1)
+        added: torch.Tensor = repeated.flatten(-2)
+        scaled: torch.Tensor = added * module.scaling[active_adapter]
+        return result + scaled
 
     def delta(self, module: Any, adapter: str) -> torch.Tensor:
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight

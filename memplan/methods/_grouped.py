@@ -64,24 +64,26 @@ class GroupedVariant(Variant):
     ) -> torch.Tensor:
         """Dropout acts on the pooled inputs, as in the published code."""
         pooled = pool(x, self._groups.inputs, self._groups.pooling)
-        inner = module.lora_A[active_adapter](module.lora_dropout[active_adapter](pooled))
-        added = module.lora_B[active_adapter](inner) * module.scaling[active_adapter]
+        inner = module.lora_A[active_adapter](
+            module.lora_dropout[active_adapter](pooled)
+        )
+        added: torch.Tensor = module.lora_B[active_adapter](inner)
+        added = added * module.scaling[active_adapter]
         if self._groups.outputs > 1:
             added = added.repeat_interleave(self._groups.outputs, dim=-1)
-        return result + added
+        summed: torch.Tensor = result + added
+        return summed
 
     def delta(self, module: Any, adapter: str) -> torch.Tensor:
         groups = self._groups
-        first = module.lora_A[adapter].weight
-        inner = first
+        inner: torch.Tensor = module.lora_A[adapter].weight
         if groups.rank_factor is not None:
-            inner = module.lora_B[adapter].weight @ first
+            inner = module.lora_B[adapter].weight @ inner
         if groups.pooling != "sum":
             inner = inner / groups.inputs
-        scaled = inner * module.scaling[adapter]
-        return scaled.repeat_interleave(groups.outputs, 0).repeat_interleave(
-            groups.inputs, 1
-        )
+        scaling: float = module.scaling[adapter]
+        rows = (inner * scaling).repeat_interleave(groups.outputs, 0)
+        return rows.repeat_interleave(groups.inputs, 1)
 
 
 def pool(x: torch.Tensor, size: int, pooling: str) -> torch.Tensor:
@@ -89,9 +91,8 @@ def pool(x: torch.Tensor, size: int, pooling: str) -> torch.Tensor:
     if size == 1:
         return x
     if pooling == "avg-pool":
-        return F.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), size).reshape(
-            *x.shape[:-1], -1
-        )
+        rows: torch.Tensor = F.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), size)
+        return rows.reshape(*x.shape[:-1], -1)
     grouped = x.unflatten(-1, (-1, size))
     return grouped.sum(-1) if pooling == "sum" else grouped.mean(-1)
 

@@ -53,7 +53,7 @@ class Pooled(Method):
         flow: Flow,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> int | None:
-        """The pooled inputs, or what dropout keeps of them; what B reads; x for AvgPool.
+        """The pooled inputs, or what dropout keeps of them, and what B reads.
 
         AvgPool1d keeps its input: one of its own where it is cast.
         """

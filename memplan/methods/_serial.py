@@ -25,7 +25,7 @@ START_DEVIATION = 1e-3
 
 
 class SerialVariant(Variant):
-    """A bottleneck behind the layer. It is no linear function of x, and never merges."""
+    """A bottleneck behind the layer, no linear function of x: it never merges."""
 
     def __init__(self, activation: str) -> None:
         self._activation = ACTIVATIONS[activation]
@@ -55,7 +55,8 @@ class SerialVariant(Variant):
     ) -> torch.Tensor:
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         read = module.lora_dropout[active_adapter](result.to(down.weight.dtype))
-        return result + up(self._activation(down(read))).to(result.dtype)
+        added: torch.Tensor = up(self._activation(down(read)))
+        return result + added.to(result.dtype)
 
 
 def variant_of(options: Mapping[str, Any]) -> SerialVariant:

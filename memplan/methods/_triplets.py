@@ -47,6 +47,7 @@ class PruningAllocator(RankAllocator):  # type: ignore[misc]
 
     def __init__(self, allocator: RankAllocator, ranks: Mapping[str, int]) -> None:
         self.__dict__.update(allocator.__dict__)
+        self.init_bgt: int = allocator.init_bgt
         self._ranks = ranks
         self._kept = {name: list(range(rank)) for name, rank in ranks.items()}
         """Which of its first triplets a layer still has."""
@@ -55,7 +56,8 @@ class PruningAllocator(RankAllocator):  # type: ignore[misc]
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Masks down to a budget; which of the first triplets are left."""
-        first, left = self.init_bgt, sum(map(len, self._kept.values()))
+        first: int = self.init_bgt
+        left = sum(map(len, self._kept.values()))
         if left > budget:
             # kthvalue counts from what there is, the schedule from what there was.
             self.init_bgt = left
@@ -121,7 +123,7 @@ def _keep_rows(
     """Leaves a layer with the triplets of those rows."""
     for table, side in SIDES.items():
         old = getattr(layer, table)[ADAPTER]
-        index = torch.tensor(rows, device=old.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=old.device)
         new = nn.Parameter(old.detach().index_select(side, index))
         if old.grad is not None:
             new.grad = old.grad.index_select(side, index)

@@ -33,7 +33,7 @@ LOSSY = "would be rounded again: the base is quantised and has no place for it"
 
 
 @dataclasses.dataclass
-class VariantConfig(peft.LoraConfig):
+class VariantConfig(peft.LoraConfig):  # type: ignore[misc]
     """LoRA's config with the options of one of memplan's methods."""
 
     memplan_options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -140,10 +140,12 @@ def _register(config: VariantConfig, variant_of: VariantOf) -> None:
 
 def _layer_class(base: type, variant_of: VariantOf) -> type:
     """A class of PEFT's layers with the method's variant."""
-    return type(base.__name__, (_Varied, base), {"variant_of": staticmethod(variant_of)})
+    return type(
+        base.__name__, (_Varied, base), {"variant_of": staticmethod(variant_of)}
+    )
 
 
-class Variant(lora_layer.LoraVariant):
+class Variant(lora_layer.LoraVariant):  # type: ignore[misc]
     """A variant that adds a linear function of x, and so merges into dense weights.
 
     Leaves say what they compute (`forward`) and the weight that equals it (`delta`).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -23,6 +24,9 @@ SIGMA = 1 / 1.8481308
 (`sigma`)."""
 
 NUM_CODES = 16
+
+NUMBERS_AT_ONCE = 2**22
+"""Weights times candidates that are quantised together."""
 
 
 class ShiftedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
@@ -54,23 +58,26 @@ class ShiftedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (o, i), shifted where it was dequantised."""
         weight = functional.dequantize_4bit(self.weight, self.weight.quant_state)
-        return add_by_block(weight, self._shifts()).to(dtype)
+        dense: torch.Tensor = add_by_block(weight, self._shifts()).to(dtype)
+        return dense
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inputs = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         if self.recomputes:
-            out = _Recomputed.apply(inputs, self, bias)
+            out: torch.Tensor = _Recomputed.apply(inputs, self, bias)  # type: ignore[no-untyped-call]
         else:
             out = F.linear(inputs, self._dense_weight_out_of_place(inputs.dtype), bias)
         return out.to(x.dtype)
 
     def _dense_weight_out_of_place(self, dtype: torch.dtype) -> torch.Tensor:
-        """As the published code does it: a dequantised copy, a float32 one, the result."""
+        """As the published code does it: dequantised, in float32, and cast."""
         with torch.no_grad():
             weight = functional.dequantize_4bit(self.weight, self.weight.quant_state)
             blocks = weight.to(dtype).reshape(-1, BLOCK_SIZE)
-            return (blocks + self._shifts()[:, None]).reshape(weight.shape).to(dtype)
+            moved = blocks + self._shifts()[:, None]
+            dense: torch.Tensor = moved.reshape(weight.shape).to(dtype)
+            return dense
 
     def _shifts(self) -> torch.Tensor:
         shifts: torch.Tensor = functional.dequantize_blockwise(
@@ -101,13 +108,16 @@ def best_shifts(values: torch.Tensor) -> torch.Tensor:
     blocks = _by_block(values.float())
     middle = blocks.median(1).values
     absmax = (blocks - middle[:, None]).abs().amax(1)
+    limit = SHIFT_RANGE * SIGMA
+    factors = torch.linspace(-limit, limit, 2 * SHIFT_STEPS + 1, device=values.device)
     best = torch.full_like(middle, -math.inf)
     found = middle
-    limit = SHIFT_RANGE * SIGMA
-    for factor in torch.linspace(-limit, limit, 2 * SHIFT_STEPS + 1).tolist():
-        shift = middle + factor * absmax
-        entropy = _entropy(blocks - shift[:, None])
-        found = torch.where(entropy > best, shift, found)
+    for some in factors.split(max(1, NUMBERS_AT_ONCE // blocks.numel())):
+        shifts = middle + some[:, None] * absmax
+        entropies = _entropy(blocks - shifts[..., None])
+        entropy, index = entropies.max(0)
+        candidate = shifts.gather(0, index[None])[0]
+        found = torch.where(entropy > best, candidate, found)
         best = torch.maximum(entropy, best)
     return found
 
@@ -135,15 +145,21 @@ def _by_block(values: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy(blocks: torch.Tensor) -> torch.Tensor:
-    """Entropy in bits of the codes of each row."""
+    """Entropy in bits of the NF4 codes of each block: (..., 64) -> (...)."""
     packed, _ = functional.quantize_4bit(blocks.contiguous(), quant_type="nf4")
-    codes = torch.stack([packed >> 4, packed & 15], -1).view(len(blocks), -1).long()
-    counts = torch.zeros(len(blocks), NUM_CODES, device=blocks.device)
-    counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype))
+    codes = torch.stack([packed >> 4, packed & 15], -1).view(blocks.shape).long()
+    counts = torch.zeros(*blocks.shape[:-1], NUM_CODES, device=blocks.device)
+    counts.scatter_add_(-1, codes, torch.ones_like(codes, dtype=counts.dtype))
     shares = counts / BLOCK_SIZE
-    return -torch.xlogy(shares, shares).sum(1) / math.log(2)
+    return -torch.xlogy(shares, shares).sum(-1) / math.log(2)
 
 
 def _code(device: torch.device) -> torch.Tensor:
     """The 256 values that an 8-bit shift stands for, brought from the host."""
-    return functional.create_dynamic_map().to(device)
+    return _code_on_host().to(device)
+
+
+@functools.cache
+def _code_on_host() -> torch.Tensor:
+    code: torch.Tensor = functional.create_dynamic_map()
+    return code
