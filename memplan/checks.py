@@ -25,8 +25,10 @@ def check(
     _check_model(architecture)
     _check_positions(architecture, recipe)
     _check_card(recipe, gpu)
+    method_notes = methods.check(recipe)
+    methods.check_shapes(architecture, recipe)
     return (
-        *methods.check(recipe),
+        *method_notes,
         *architecture.notes,
         *_position_notes(architecture, recipe),
         *_recipe_notes(recipe),

@@ -1,22 +1,28 @@
 """Fine-tuning methods, one file each: what is trained, and how it is installed.
 
-Shapes: a linear layer maps `in_features` (i) to `out_features` (o); r is the rank.
+Shapes: a linear layer maps `in_features` (i) to `out_features` (o); r is the rank, T
+the tokens, a the bytes of an adapter's number, c those of the layer's input.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from memplan import registry
+from memplan.architecture import Architecture, Linear
 from memplan.errors import InputError, UnknownNameError
 from memplan.fields import Kind
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from memplan.architecture import Linear
     from memplan.recipe import Recipe
 
 ADAPTER_KEYS = frozenset(
@@ -35,8 +41,51 @@ ADAPTER_KEYS = frozenset(
 """The recipe's keys that describe adapters."""
 
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+MASK_BYTES = 1
+"""A number of a dropout mask on CUDA (aten/src/ATen/native/cuda/Dropout.cu)."""
+
+SINGLE_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """What passes through an adapted layer: how many tokens, in which precisions."""
+
+    tokens: int
+    input_bytes: int
+    """Of a number of the layer's input and output, c."""
+    adapter_bytes: int
+    """Of a number of the adapter, a."""
+    dropout: float = 0.0
+
+    @property
+    def casts(self) -> bool:
+        """Whether the adapter casts its input, and so has a copy of its own."""
+        return self.input_bytes != self.adapter_bytes
+
+    def dropped_bytes(self, width: int) -> int:
+        """What dropout keeps of so many features: its mask and its result."""
+        if not self.dropout:
+            return 0
+        return self.tokens * width * (MASK_BYTES + self.adapter_bytes)
+
+    def read_bytes(self, width: int) -> int:
+        """What a matrix product keeps of the layer's input, which it may drop first.
+
+        The input itself is kept by others that read it, and costs nothing.
+        """
+        own = self.tokens * width * self.adapter_bytes if self.casts else 0
+        return self.dropped_bytes(width) or own
+
+
 class Method(ABC):
-    """A way to fine-tune: which parameters are trained and how they are installed."""
+    """A way to fine-tune: which parameters are trained and how they are installed.
+
+    What is asked of single layers takes the layer, its rank and the method's options
+    as they are for that layer (`options_at`); without options the defaults hold.
+    """
 
     summary: ClassVar[str]
     """One line for lists of methods."""
@@ -46,16 +95,193 @@ class Method(ABC):
     """The method's own options."""
     carries_quantized: ClassVar[bool]
     """Whether the frozen weights below it may be quantised."""
+    defaults: ClassVar[Mapping[str, Any]] = NO_OPTIONS
+    """What options are where they are not given."""
+    patterned_option: ClassVar[str | None] = None
+    """The option that a recipe's `lambda_pattern` sets layer by layer."""
+    optimizer_bytes_per_number: ClassVar[int] = 0
+    """Bytes that the method itself keeps for a trained number beside the optimizer."""
 
     @abstractmethod
-    def trainable_parameters(self, linear: Linear, rank: int) -> int:
+    def parameter_shapes(
+        self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the trained tensors of one adapted linear layer."""
+
+    def trainable_parameters(
+        self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> int:
         """Trained parameters of one adapted linear layer."""
+        shapes = self.parameter_shapes(linear, rank, options)
+        return sum(math.prod(shape) for shape in shapes)
+
+    def frozen_shapes(
+        self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes of tensors in the adapter's precision that it adds untrained."""
+        return ()
+
+    def shared_shapes(
+        self, linears: Iterable[Linear], rank: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """Shapes of float32 tensors that all adapted layers of a model share."""
+        return ()
+
+    def saved_bytes(
+        self,
+        linear: Linear,
+        rank: int,
+        flow: Flow,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> int | None:
+        """New bytes that an adapted layer holds until its backward.
+
+        They come on top of the frozen layer's own. None where no formula is known.
+        """
+        return None
+
+    def check_linear(  # noqa: B027 - most methods suit any layer
+        self,
+        path: str,
+        linear: Linear,
+        rank: int,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
+        """Raises InputError where a layer's shape or rank does not suit the method."""
+
+    def check_options(self, recipe: Recipe) -> None:
+        """Raises InputError for options that the method does not have or cannot use."""
+        for key, value in recipe.method_options.items():
+            if key not in self.options:
+                raise UnknownNameError(
+                    "method_options",
+                    key,
+                    self.options,
+                    _options_of(recipe.method, self),
+                )
+            self.options[key].check(f"method_options.{key}", value)
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """Sentences on what a recipe with this method may not be thought to do."""
+        return ()
+
+    def adapted(
+        self, linears: Iterable[tuple[str, Linear]], hidden_size: int
+    ) -> list[tuple[str, Linear]]:
+        """Which of the targeted layers, each with its path, the method adapts."""
+        return list(linears)
 
     @abstractmethod
     def apply(
         self, model: nn.Module, recipe: Recipe, targets: tuple[str, ...]
     ) -> nn.Module:
         """The model with the method installed on the linear layers of those paths."""
+
+    def load(self, model: nn.Module, folder: str) -> nn.Module:
+        """The model with adapters that `save_pretrained` wrote into a folder."""
+        import peft
+
+        loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+        return loaded
+
+    def build_optimizer(
+        self, model: nn.Module, recipe: Recipe
+    ) -> torch.optim.Optimizer:
+        """The recipe's optimizer over what is trained of a model."""
+        from memplan import optimizers
+
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return optimizers.find(recipe.optimizer).build_for(model, trained)
+
+    def after_step(  # noqa: B027 - most methods do nothing
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        """What the method does after an optimizer's step, while gradients are there."""
+
+    def milestone(self, recipe: Recipe) -> str | None:
+        """What is done now and then between steps, as the label of a moment."""
+        return None
+
+    def reach_milestone(
+        self, model: nn.Module, recipe: Recipe, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Does what `milestone` says."""
+        raise NotImplementedError("nothing is done between steps")
+
+
+def options_at(recipe: Recipe, path: str) -> Mapping[str, Any]:
+    """The options of a recipe's method, defaults included, for the layer of a path."""
+    method = find(recipe.method)
+    options = {**method.defaults, **recipe.method_options}
+    if method.patterned_option is not None:
+        by_layer = matching(recipe.lambda_pattern, path)
+        if by_layer is not None:
+            options[method.patterned_option] = by_layer
+    return options
+
+
+def rank_at(recipe: Recipe, path: str) -> int:
+    """The rank of the layer of a path."""
+    rank: int | None = matching(recipe.rank_pattern, path)
+    return recipe.rank if rank is None else rank
+
+
+def alpha_at(recipe: Recipe, path: str) -> float:
+    """The alpha of the layer of a path."""
+    alpha: float | None = matching(recipe.alpha_pattern, path)
+    return recipe.alpha if alpha is None else alpha
+
+
+def matching(pattern: Mapping[str, Any], path: str) -> Any:
+    """What the first key that matches a path's end stands for; None where none does.
+
+    As peft.utils.other.get_pattern_key reads PEFT's patterns.
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return None
+
+
+def adapted_linears(
+    architecture: Architecture, recipe: Recipe
+) -> list[tuple[str, Linear]]:
+    """The layers that a recipe's method adapts, with their paths within the model."""
+    targeted = (
+        (path, linear)
+        for path, linear in architecture.all_linears()
+        if _is_targeted(path, linear, recipe)
+    )
+    return find(recipe.method).adapted(targeted, architecture.hidden_size)
+
+
+def check_shapes(architecture: Architecture, recipe: Recipe) -> None:
+    """Raises InputError where a layer's shape or rank does not suit the method."""
+    method = find(recipe.method)
+    for path, linear in adapted_linears(architecture, recipe):
+        method.check_linear(
+            path, linear, rank_at(recipe, path), options_at(recipe, path)
+        )
+
+
+def check_divides(field: str, divisor: int, path: str, **sides: int) -> None:
+    """Raises InputError where a number does not divide the sides of a layer."""
+    for side, length in sides.items():
+        if length % divisor:
+            raise InputError(
+                field,
+                divisor,
+                f"does not divide the {length} {side.replace('_', ' ')} of {path}",
+                "give a divisor, or leave the layer out of targets",
+            )
+
+
+def _is_targeted(path: str, linear: Linear, recipe: Recipe) -> bool:
+    if recipe.targets == "all-linear":
+        return linear.kind != "head"
+    if isinstance(recipe.targets, str):
+        return linear.kind == recipe.targets
+    return any(f".{path}".endswith(f".{name}") for name in recipe.targets)
 
 
 def find(name: str) -> Method:
@@ -67,15 +293,7 @@ def find(name: str) -> Method:
 def check(recipe: Recipe) -> tuple[str, ...]:
     """Notes on the recipe's method; raises InputError where it cannot run as asked."""
     method = find(recipe.method)
-    for key, value in recipe.method_options.items():
-        if key not in method.options:
-            raise UnknownNameError(
-                "method_options",
-                key,
-                method.options,
-                _options_of(recipe.method, method),
-            )
-        method.options[key].check(f"method_options.{key}", value)
+    method.check_options(recipe)
     if recipe.quantization != "none" and not method.carries_quantized:
         raise InputError(
             "quantization",
@@ -83,7 +301,7 @@ def check(recipe: Recipe) -> tuple[str, ...]:
             f"cannot be used with method {recipe.method!r}, which trains the weights",
             "use quantization none, or an adapter method such as lora",
         )
-    return tuple(_unused_keys(recipe, method))
+    return (*method.notes(recipe), *_unused_keys(recipe, method))
 
 
 def _options_of(name: str, method: Method) -> str:

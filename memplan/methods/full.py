@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from memplan.methods import Method
+from memplan.methods import NO_OPTIONS, Method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +24,11 @@ class Full(Method):
     options: ClassVar[Mapping[str, Kind]] = {}
     carries_quantized: ClassVar[bool] = False
 
-    def trainable_parameters(self, linear: Linear, rank: int) -> int:
-        return linear.num_parameters
+    def parameter_shapes(
+        self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> tuple[tuple[int, ...], ...]:
+        weight = (linear.out_features, linear.in_features)
+        return (weight, (linear.out_features,)) if linear.bias else (weight,)
 
     def apply(
         self, model: nn.Module, recipe: Recipe, targets: tuple[str, ...]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memplan.methods import ADAPTER_KEYS, Method
+from memplan.methods import ADAPTER_KEYS, NO_OPTIONS, Flow, Method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,16 +19,34 @@ if TYPE_CHECKING:
     from memplan.recipe import Recipe
 
 
-class Lora(Method):
-    """Low-rank adapters as PEFT installs them."""
+class LowRank(Method):
+    """What LoRA and its kin have in common: two factors beside a frozen layer."""
 
-    summary: ClassVar[str] = "low-rank adapters beside frozen linear layers"
     uses: ClassVar[frozenset[str]] = ADAPTER_KEYS
     options: ClassVar[Mapping[str, Kind]] = {}
     carries_quantized: ClassVar[bool] = True
 
-    def trainable_parameters(self, linear: Linear, rank: int) -> int:
-        return rank * (linear.in_features + linear.out_features)
+    def parameter_shapes(
+        self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
+    ) -> tuple[tuple[int, ...], ...]:
+        return (rank, linear.in_features), (linear.out_features, rank)
+
+    def saved_bytes(
+        self,
+        linear: Linear,
+        rank: int,
+        flow: Flow,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> int | None:
+        """What A reads and what B reads."""
+        inner = flow.tokens * rank * flow.adapter_bytes
+        return flow.read_bytes(linear.in_features) + inner
+
+
+class Lora(LowRank):
+    """Low-rank adapters as PEFT installs them."""
+
+    summary: ClassVar[str] = "low-rank adapters beside frozen linear layers"
 
     def apply(
         self, model: nn.Module, recipe: Recipe, targets: tuple[str, ...]
@@ -42,17 +60,35 @@ def apply_lora(
     """PEFT's LoRA on the modules of those paths; `flags` are LoraConfig's own."""
     import peft
 
-    config = peft.LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(targets),
-        rank_pattern=dict(recipe.rank_pattern),
-        alpha_pattern=dict(recipe.alpha_pattern),
-        modules_to_save=list(recipe.trained_modules) or None,
-        task_type="CAUSAL_LM",
-        **flags,
-    )
+    config = peft.LoraConfig(**lora_keys(recipe, targets), **flags)
+    return wrap(model, recipe, config)
+
+
+def lora_keys(recipe: Recipe, targets: tuple[str, ...]) -> dict[str, Any]:
+    """A recipe's keys as LoraConfig names them."""
+    return {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.dropout,
+        "rank_pattern": dict(recipe.rank_pattern),
+        "alpha_pattern": dict(recipe.alpha_pattern),
+        **common_keys(recipe, targets),
+    }
+
+
+def common_keys(recipe: Recipe, targets: tuple[str, ...]) -> dict[str, Any]:
+    """The keys that most of PEFT's configs share."""
+    return {
+        "target_modules": list(targets),
+        "modules_to_save": list(recipe.trained_modules) or None,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def wrap(model: nn.Module, recipe: Recipe, config: Any) -> nn.Module:
+    """The model with what one of PEFT's configs describes."""
+    import peft
+
     adapted: nn.Module = peft.get_peft_model(
         model, config, autocast_adapter_dtype=_is_made_single(recipe)
     )

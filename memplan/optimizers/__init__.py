@@ -9,6 +9,7 @@ from memplan import registry
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 class Optimizer(ABC):
@@ -40,6 +41,12 @@ class Optimizer(ABC):
         Over meta parameters it does what the CUDA one would: where the real code does
         not run on the meta device, it allocates the same state and temporaries.
         """
+
+    def build_for(
+        self, model: nn.Module, parameters: list[torch.nn.Parameter]
+    ) -> torch.optim.Optimizer:
+        """The optimizer over parameters of a model that it may have to know."""
+        return self.build(parameters)
 
 
 def find(name: str) -> Optimizer:

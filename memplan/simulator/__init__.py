@@ -233,6 +233,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             for number in range(1, task.steps + 1):
                 loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
             trained = _trained(adapted, pattern)
+            lived.reach_milestone(loop, task.steps)
             lived.after_steps(task.life)
             tracer.stop()
     del left_out

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memplan import optimizers
+from memplan import methods, optimizers
 from memplan.architecture import Architecture
 from memplan.life import CARD, Evaluation, Generation, Life
 from memplan.recipe import Recipe
@@ -26,6 +26,9 @@ from memplan.training.step import Loop
 
 WHOLE_FORWARDS = 2
 """Batches of an evaluation that are run at its beginning; then the last one is."""
+
+MILESTONE_MICRO_BATCHES = 2
+"""The first of a step begins the gradients; every later one is like the second."""
 
 WHOLE_DECODES = 2
 """Tokens at the end of a generation that are run."""
@@ -71,6 +74,16 @@ class LifeTracer:
             self._load_state(loop)
         return loop
 
+    def reach_milestone(self, loop: Loop, num_steps: int) -> None:
+        """What the method does now and then between steps, and one step after it."""
+        if methods.find(self._recipe.method).milestone(self._recipe) is None:
+            return
+        with self._merging():
+            loop.reach_milestone()
+        loop.run_step(
+            num_steps + 1, min(self._recipe.accumulation, MILESTONE_MICRO_BATCHES)
+        )
+
     def after_steps(self, life: Life) -> None:
         """Evaluates, generates, saves and merges, while the loop is still held."""
         if life.evaluation is not None:
@@ -83,10 +96,8 @@ class LifeTracer:
             with self._phase("save"), _unwritten(self._model):
                 self._save()
         if life.merge == CARD:
-            quantised = self._recipe.quantization != "none"
-            context = _quantising(self._tracer) if quantised else nullcontext()
-            with self._phase("merge"), context:
-                self._merge()
+            with self._phase("merge"), self._merging():
+                training_life.merge(self._model)
 
     def _load_adapters(self) -> None:
         with mock.patch("peft.peft_model.load_peft_weights", self._read_adapters):
@@ -132,8 +143,9 @@ class LifeTracer:
         with tempfile.TemporaryDirectory() as folder:
             training_life.save(self._model, folder)
 
-    def _merge(self) -> None:
-        """Merges, each layer's allocations told by its path."""
+    @contextlib.contextmanager
+    def _merging(self) -> Iterator[None]:
+        """Lets quantised layers merge, and tells allocations by their layer's path."""
         paths = {
             id(module): path.removeprefix(PEFT_PREFIX)
             for path, module in self._model.named_modules()
@@ -141,11 +153,14 @@ class LifeTracer:
         }
         # Layers are released as they are merged, so that they must not be held here.
         kinds: set[Any] = {type(m) for m in self._model.modules() if id(m) in paths}
+        quantised = self._recipe.quantization != "none"
         with ExitStack() as stack:
+            if quantised:
+                stack.enter_context(_quantising(self._tracer))
             for kind in kinds:
                 merge = self._telling(kind.merge, paths)
                 stack.enter_context(mock.patch.object(kind, "merge", merge))
-            training_life.merge(self._model)
+            yield
 
     def _telling(
         self, method: Callable[..., Any], paths: dict[int, str]

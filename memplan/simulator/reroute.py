@@ -119,6 +119,9 @@ class Reroute:
             stack.enter_context(
                 mock.patch("torch.clear_autocast_cache", self._casts.clear)
             )
+            stack.enter_context(
+                mock.patch.object(torch.Tensor, "tolist", _listed(torch.Tensor.tolist))
+            )
             if self._chunks:
                 stack.enter_context(_triton_like())
             for (owner, name), function in self._replacements().items():
@@ -232,6 +235,18 @@ def _askers(name: str) -> list[ModuleType]:
         for path, module in list(sys.modules.items())
         if path.startswith("transformers.") and name in vars(module)
     ]
+
+
+def _listed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensor.tolist, where a truth value of a meta tensor is true."""
+
+    @functools.wraps(original)
+    def tolist(tensor: torch.Tensor) -> Any:
+        if tensor.device.type != "meta" or tensor.dtype != torch.bool:
+            return original(tensor)
+        return torch.ones(tensor.shape, dtype=torch.bool).tolist()
+
+    return tolist
 
 
 class _KeptOnHost(torch.autograd.graph.saved_tensors_hooks):

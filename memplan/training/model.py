@@ -18,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from memplan import methods, quantizations
-from memplan.architecture import Architecture
+from memplan.architecture import Architecture, Linear
 from memplan.errors import InputError, UnknownNameError
 from memplan.inspector import build_config, build_meta_model
 from memplan.model_source import ModelSource
@@ -97,6 +97,7 @@ def adapt(model: nn.Module, architecture: Architecture, recipe: Recipe) -> nn.Mo
     adapted = install(model, recipe, targets)
     if recipe.method != "full":
         _check_patterns(adapted, recipe)
+        _check_trained(adapted, recipe)
     return adapted.train()
 
 
@@ -299,12 +300,49 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
         for path, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     ]
-    for field in ("rank_pattern", "alpha_pattern"):
+    patterns = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
+    for field in sorted(patterns & methods.find(recipe.method).uses):
         for key in getattr(recipe, field):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
                 raise InputError(
                     field, key, "matches no adapted module", "see `memplan inspect`"
                 )
+
+
+def _check_trained(model: nn.Module, recipe: Recipe) -> None:
+    """Raises InputError where a layer trains other numbers than its method means to.
+
+    What makes a difference is PEFT's: a rank that becomes trained, a factor that a
+    switch thaws, a flag that a layer does not know.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    method = methods.find(recipe.method)
+    if recipe.method == "peft":
+        return
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or hasattr(module, "parameter_name"):
+            continue
+        path = name.removeprefix("base_model.model.")
+        linear = Linear(
+            path=path,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=False,
+            kind="other",
+        )
+        options = methods.options_at(recipe, path)
+        rank = methods.rank_at(recipe, path)
+        meant = method.trainable_parameters(linear, rank, options)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if trained != meant:
+            raise InputError(
+                "method",
+                recipe.method,
+                f"trains {trained} numbers in {path}, where it means {meant}: the "
+                "installed PEFT installs it otherwise",
+                "install the versions of constraints.txt",
+            )
 
 
 def _check_trained_modules(model: nn.Module, recipe: Recipe) -> None:

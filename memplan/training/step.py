@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan import optimizers
+from memplan import methods
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
@@ -34,6 +34,7 @@ class Loop:
     ) -> None:
         self._model = model
         self._recipe = recipe
+        self._method = methods.find(recipe.method)
         self._vocab_size = vocab_size
         self._phase = phase
         self._parameters = trained_parameters(model)
@@ -44,7 +45,7 @@ class Loop:
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the trained parameters, without state until a step ran."""
-        return optimizers.find(self._recipe.optimizer).build(self._parameters)
+        return self._method.build_optimizer(self._model, self._recipe)
 
     def run_step(self, number: int, micro_batches: int) -> None:
         """One optimizer step over so many micro-batches."""
@@ -58,9 +59,18 @@ class Loop:
                 )
         with self._phase(f"{number}.optimizer"):
             optimizer.step()
+            self._method.after_step(self._model, optimizer, number)
             optimizer.zero_grad(set_to_none=True)
         if self._recipe.keep_outputs == "backward":
             self._outputs = None
+
+    def reach_milestone(self) -> None:
+        """What the method does now and then between steps, under its own label."""
+        label = self._method.milestone(self._recipe)
+        assert label is not None
+        with self._phase(label):
+            self._method.reach_milestone(self._model, self._recipe, self.optimizer)
+        self._parameters = trained_parameters(self._model)
 
     def _run_micro_batch(self, number: int, micro_batches: int) -> None:
         keep = self._recipe.keep_outputs

@@ -46,6 +46,7 @@ IN_PLACE = (
     "aten::clamp_",
     "aten::copy_",
     "aten::div_.Tensor",
+    "aten::fill_.Scalar",
     "aten::lerp_.Scalar",
     "aten::logical_and_",
     "aten::masked_fill_.Scalar",
@@ -53,9 +54,10 @@ IN_PLACE = (
     "aten::rsqrt_",
     "aten::scatter_.src",
     "aten::scatter_.value",
+    "aten::uniform_",
 )
 """Nothing: one pass over their input (cuda/Loops.cuh; cuda/Copy.cu, whose copies within
-a card cast as they go; cuda/ScatterGatherKernel.cu)."""
+a card cast as they go; cuda/ScatterGatherKernel.cu; cuda/DistributionUniform.cu)."""
 
 IN_PLACE_LISTS = (
     "aten::_foreach_add_.List",
@@ -140,6 +142,7 @@ FILLED = (
     "aten::eye",
     "aten::full",
     "aten::full_like",
+    "aten::linspace",
     "aten::new_empty",
     "aten::new_empty_strided",
     "aten::new_ones",
@@ -147,6 +150,7 @@ FILLED = (
     "aten::new_zeros",
     "aten::ones",
     "aten::ones_like",
+    "aten::randn",
     "aten::scalar_tensor",
     "aten::zeros",
     "aten::zeros_like",
@@ -158,6 +162,7 @@ REARRANGED = (
     "aten::constant_pad_nd",
     "aten::flip",
     "aten::gather",
+    "aten::index_select",
     "aten::repeat",
     "aten::scatter.src",
     "aten::scatter_add",
@@ -173,6 +178,7 @@ REARRANGED = (
 LOOKED_UP = (
     "aten::embedding",
     "aten::histc",
+    "aten::kthvalue",
     "aten::nll_loss_backward",
     "aten::nll_loss_forward",
     "aten::topk",
@@ -180,7 +186,8 @@ LOOKED_UP = (
 """The outputs: rows are gathered (cuda/Indexing.cu), bins counted in shared or global
 memory (cuda/SummaryOps.cu), losses summed by one block (cuda/NLLLoss2d.cu and Loss.cu);
 the first of a row's scores are found and sorted in place up to 4096 of them
-(cuda/TensorTopK.cpp), and experts are fewer."""
+(cuda/TensorTopK.cpp), and experts are fewer; the k-th is selected digit by digit in
+shared memory (cuda/Sorting.cu)."""
 
 ATTENTION = ("aten::_scaled_dot_product_cudnn_attention",)
 """The outputs, two of which are the seeds (transformers/cuda/attention.cu); the forward
