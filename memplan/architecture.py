@@ -129,6 +129,15 @@ class Architecture:
         return counts
 
     @property
+    def main_stack(self) -> str:
+        """Path of the stack that holds most parameters: the decoder's layers."""
+        sizes: dict[str, int] = {}
+        for block in self.blocks:
+            size = block.num_parameters * len(block.layers)
+            sizes[block.stack] = sizes.get(block.stack, 0) + size
+        return max(sizes, key=sizes.__getitem__)
+
+    @property
     def num_layers(self) -> int:
         """Layers in all stacks."""
         return sum(self.layers_by_stack.values())

@@ -89,6 +89,8 @@ class LayerRegime:
     input_casts: bool
     dropout: bool
     bias: bool
+    options: str = ""
+    """The method's options for the layer, as JSON; empty where it has none."""
 
     @property
     def key(self) -> str:
@@ -97,7 +99,8 @@ class LayerRegime:
         on = [flag for flag in flags if getattr(self, flag)]
         names = ("method", "quantization", "dtype", "input_dtype", "autocast")
         types = ("compute_dtype", "adapter_dtype")
-        return " ".join((*(getattr(self, name) for name in (*names, *types)), *on))
+        told = (*(getattr(self, name) for name in (*names, *types)), *on)
+        return " ".join((*told, self.options)).rstrip()
 
 
 Tape = tuple[Stretch | Mark, ...]

@@ -1,13 +1,15 @@
-"""Which linear layers a recipe adapts and quantises, and at which rank."""
+"""What a recipe makes of a model's linear layers: adapted, quantised, at which rank."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import methods
 from memplan.architecture import Architecture, Block, Linear
+from memplan.methods import options_at, rank_at
 from memplan.recipe import Recipe
 
 
@@ -16,14 +18,16 @@ class Role:
     """What becomes of a linear layer."""
 
     linear: Linear
-    adapted: bool
     quantized: bool
-    rank: Any
-    """Rank of its adapter, a number or an array; 0 without one."""
+    adapted: bool
+    rank: int = 0
+    """Rank of the adapter; 0 without one."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """The method's options for this layer, defaults included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layers:
+class Group:
     """Layers of one kind whose linear layers have the same roles."""
 
     block: Block
@@ -31,83 +35,91 @@ class Layers:
     roles: tuple[Role, ...]
 
 
-def layers_of(architecture: Architecture, recipe: Recipe) -> tuple[Layers, ...]:
-    """All layers, gathered by kind and by the ranks that a pattern gives them."""
-    return tuple(
-        Layers(block=block, count=count, roles=roles)
-        for block in architecture.blocks
-        for roles, count in _grouped(block, recipe)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A model's linear layers under a recipe."""
+
+    groups: tuple[Group, ...]
+    outside: tuple[Role, ...]
+    """Linear layers outside of blocks, the head among them."""
+
+    @property
+    def linears(self) -> Iterator[tuple[Role, int]]:
+        """Each role, and how many layers of the model have it."""
+        for group in self.groups:
+            for role in group.roles:
+                yield role, group.count
+        for role in self.outside:
+            yield role, 1
+
+
+def layout_of(
+    architecture: Architecture, recipe: Recipe, plain: Mapping[str, bool]
+) -> Layout:
+    """The layout; `plain` says by path within a block what may be quantised."""
+    adapted: frozenset[str] = frozenset()
+    if recipe.method != "full":
+        found = methods.adapted_linears(architecture, recipe)
+        adapted = frozenset(path for path, _ in found)
+
+    def role(linear: Linear, path: str, is_plain: bool) -> Role:
+        quantized = is_plain and _is_quantized(linear, path, recipe)
+        if path not in adapted:
+            return Role(linear=linear, quantized=quantized, adapted=False)
+        return Role(
+            linear=linear,
+            quantized=quantized,
+            adapted=True,
+            rank=rank_at(recipe, path),
+            options=tuple(sorted(options_at(recipe, path).items())),
+        )
+
+    def roles(block: Block, path: str) -> tuple[Role, ...]:
+        return tuple(
+            role(linear, f"{path}.{linear.path}", plain.get(linear.path, True))
+            for linear in block.linears
+        )
+
+    alike = not _tells_layers_apart(recipe)
+    groups: dict[tuple[int, tuple[Role, ...]], int] = {}
+    for kind, block in enumerate(architecture.blocks):
+        for path in block.paths[:1] if alike else block.paths:
+            key = (kind, roles(block, path))
+            groups[key] = len(block.layers) if alike else groups.get(key, 0) + 1
+    return Layout(
+        groups=tuple(
+            Group(block=architecture.blocks[kind], count=count, roles=same)
+            for (kind, same), count in groups.items()
+        ),
+        outside=tuple(
+            role(linear, linear.path, True) for linear in architecture.linears
+        ),
     )
 
 
-def roles_outside(architecture: Architecture, recipe: Recipe) -> tuple[Role, ...]:
-    """The linear layers outside of blocks, the head among them."""
-    return tuple(
-        _role(linear, linear.path, recipe) for linear in architecture.linears
-    )
-
-
-def _grouped(
-    block: Block, recipe: Recipe
-) -> Iterator[tuple[tuple[Role, ...], int]]:
-    if not (recipe.rank_pattern or _names_layers(recipe)):
-        yield _roles(block, block.paths[0], recipe), len(block.layers)
-        return
-    counts: dict[tuple[Role, ...], int] = {}
-    for path in block.paths:
-        roles = _roles(block, path, recipe)
-        counts[roles] = counts.get(roles, 0) + 1
-    yield from counts.items()
-
-
-def _names_layers(recipe: Recipe) -> bool:
+def _tells_layers_apart(recipe: Recipe) -> bool:
+    """Whether layers of one kind may differ: where a key names their numbers."""
     names = (
+        *recipe.rank_pattern,
+        *recipe.lambda_pattern,
         *recipe.unquantized_modules,
         *(recipe.targets if isinstance(recipe.targets, tuple) else ()),
     )
-    return any(re.search(r"\d", name) for name in names)
+    return any(re.search(r"\d|\\", name) for name in names)
 
 
-def _roles(block: Block, path: str, recipe: Recipe) -> tuple[Role, ...]:
-    return tuple(
-        _role(linear, f"{path}.{linear.path}", recipe) for linear in block.linears
-    )
+def _is_quantized(linear: Linear, path: str, recipe: Recipe) -> bool:
+    """Whether transformers' quantiser takes a layer (`should_convert_module`).
 
-
-def _role(linear: Linear, path: str, recipe: Recipe) -> Role:
-    adapted = is_adapted(linear, path, recipe)
-    return Role(
-        linear=linear,
-        adapted=adapted,
-        quantized=recipe.quantization != "none" and not _is_skipped(linear, path, recipe),
-        rank=rank_of(path, recipe) if adapted else 0,
-    )
-
-
-def is_adapted(linear: Linear, path: str, recipe: Recipe) -> bool:
-    """Whether an adapter stands beside a layer: by kind, or by the end of its path."""
-    if recipe.method == "full":
+    `lm_head` stands for the head whatever its name is.
+    """
+    if recipe.quantization == "none":
         return False
-    if recipe.targets == "all-linear":
-        return linear.kind != "head"
-    if isinstance(recipe.targets, str):
-        return linear.kind == recipe.targets
-    return any(f".{path}".endswith(f".{name}") for name in recipe.targets)
-
-
-def rank_of(path: str, recipe: Recipe) -> Any:
-    """The rank that a pattern gives a layer (peft.utils.get_pattern_key)."""
-    for pattern, rank in recipe.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return rank
-    return recipe.rank
-
-
-def _is_skipped(linear: Linear, path: str, recipe: Recipe) -> bool:
-    """Whether transformers' quantiser leaves a layer alone (should_convert_module)."""
     if linear.kind == "head" and "lm_head" in recipe.unquantized_modules:
-        return True
-    return any(
+        return False
+    return not any(
         re.match(rf"{name}\.", path) or re.match(name, path) or path.endswith(name)
         for name in recipe.unquantized_modules
     )
+
+

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 from memplan import kernels
-from memplan.architecture import Architecture
+from memplan.estimator.layout import Role
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.tape import Heads, LayerRegime, LossRegime, Regime
@@ -39,12 +42,23 @@ def hidden_dtype(recipe: Recipe) -> str:
     return recipe.autocast if recipe.autocast != "none" else dtype_outside(recipe)
 
 
+def first_regime(recipe: Recipe) -> Regime:
+    """The regime from whose tape the heads and the window are read."""
+    return Regime(
+        dtype="bfloat16",
+        autocast="none",
+        casts_output=False,
+        attention="eager" if recipe.attention == "eager" else "flash",
+        masked_attention="eager" if recipe.attention == "eager" else "efficient",
+        padded=False,
+        windowed=False,
+        trained=False,
+        checkpointed=False,
+    )
+
+
 def model_regime(
-    architecture: Architecture,
-    recipe: Recipe,
-    gpu: Gpu,
-    heads: tuple[Heads, ...],
-    window: int | None,
+    recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...], window: int | None
 ) -> Regime:
     """The regime of the model's body."""
     attention, masked = _attention(recipe, gpu, heads)
@@ -112,29 +126,34 @@ def loss_regime(recipe: Recipe) -> LossRegime:
     )
 
 
-def layer_regime(
-    recipe: Recipe, *, adapted: bool, quantized: bool, bias: bool, input_dtype: str
-) -> LayerRegime:
+def layer_regime(recipe: Recipe, role: Role, input_dtype: str) -> LayerRegime:
     """The regime of a linear layer; what it does not depend on is left as it is."""
-    method = recipe.method if adapted or recipe.method == "full" else "frozen"
-    quantization = recipe.quantization if quantized else "none"
+    quantization = recipe.quantization if role.quantized else "none"
     quantization = _SAME_TAPE.get(quantization, quantization)
-    has_adapter = method not in ("frozen", "full")
     same = {} if quantization == "int8" else _SAME_SIZE
-    dtype = recipe.dtype if quantized else dtype_outside(recipe)
-    return LayerRegime(
-        method=_SAME_TAPE.get(method, method),
+    dtype = recipe.dtype if role.quantized else dtype_outside(recipe)
+    regime = LayerRegime(
+        method="full" if recipe.method == "full" else "frozen",
         quantization=quantization,
         dtype=same.get(dtype, dtype),
         input_dtype=same.get(input_dtype, input_dtype),
         autocast=same.get(recipe.autocast, recipe.autocast),
-        compute_dtype=same.get(recipe.compute_dtype, recipe.compute_dtype)
-        if quantized
-        else "bfloat16",
-        adapter_dtype=same.get(recipe.adapter_dtype, recipe.adapter_dtype)
-        if has_adapter
-        else "float32",
-        input_casts=recipe.input_casts if has_adapter else True,
-        dropout=recipe.dropout > 0 if has_adapter else False,
-        bias=bias,
+        compute_dtype="bfloat16",
+        adapter_dtype="float32",
+        input_casts=True,
+        dropout=False,
+        bias=role.linear.bias,
+    )
+    if role.quantized:
+        compute = same.get(recipe.compute_dtype, recipe.compute_dtype)
+        regime = dataclasses.replace(regime, compute_dtype=compute)
+    if not role.adapted:
+        return regime
+    return dataclasses.replace(
+        regime,
+        method=_SAME_TAPE.get(recipe.method, recipe.method),
+        adapter_dtype=same.get(recipe.adapter_dtype, recipe.adapter_dtype),
+        input_casts=recipe.input_casts,
+        dropout=recipe.dropout > 0,
+        options=json.dumps(dict(role.options)) if role.options else "",
     )

@@ -1,179 +1,340 @@
 """Which terms are alive at which moment.
 
-A step's forward piles up what the layers keep; its loss stands on top of the pile; its
-backward takes the pile down, while gradients grow. Under checkpointing the pile is the
-layers' inputs, and one layer at a time is computed anew on top of it.
+A step's forward piles up what the layers keep; head and loss stand on top of the pile;
+backward takes it down, while gradients grow. Under checkpointing the pile is the layers'
+inputs, and one layer at a time is computed anew on top of it: so the peak is the pile
+plus the larger of loss and one layer, not their sum.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from memplan import methods, optimizers, tapes
+from memplan import tapes
 from memplan.architecture import Architecture
-from memplan.estimator.activations import Hole, LayerBytes, Walk, layer_bytes
-from memplan.estimator.layout import Layers, Role, layers_of, roles_outside
-from memplan.estimator.loss import LossBytes, loss_bytes
-from memplan.estimator.polynomials import Sizes, larger, rounded, value
+from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.estimator.activations import Hole, LayerBytes, layer_bytes
+from memplan.estimator.adapters import adapter_bytes
+from memplan.estimator.gradients import (
+    embedding_bytes,
+    embedding_scratch_bytes,
+    gradient_bytes,
+    is_tied,
+    layer_gradient_bytes,
+)
+from memplan.estimator.layout import Group, Layout, layout_of
+from memplan.estimator.logits import loss_bytes
+from memplan.estimator.optimizer import (
+    clip_bytes,
+    paged_bytes,
+    state_bytes,
+    step_bytes,
+)
+from memplan.estimator.polynomials import Sizes, larger, value
 from memplan.estimator.regimes import (
     dtype_outside,
+    first_regime,
     layer_regime,
     loss_regime,
     model_regime,
 )
-from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, trained_shapes, weight_bytes
-from memplan.gpu import Gpu, find_gpu
+from memplan.estimator.trained import Trained, trained
+from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
+from memplan.gpu import Gpu
 from memplan.recipe import Recipe
-from memplan.tape import ModelTape, Stretch
+from memplan.tape import BlockTape, LayerTape, LossTape, ModelTape, Stretch
 
 
-@dataclasses.dataclass(slots=True)
-class Trained:
-    shapes: list[tuple[int, tuple[Any, ...]]]
-    item: int
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPart:
+    """A linear layer of a group, with its tape."""
 
-    @property
-    def count(self):
-        total = 0
-        for n, shape in self.shapes:
-            p = n
-            for s in shape: p = p * s
-            total = total + p
-        return total
-
-    @property
-    def bytes(self):
-        total = 0
-        for n, shape in self.shapes:
-            p = self.item
-            for s in shape: p = p * s
-            total = total + n * rounded(p)
-        return total
+    tape: LayerTape
+    in_features: int
+    out_features: int
+    rank: int
+    gradient_bytes: int
 
 
-def main_stack(architecture):
-    sizes = {}
-    for block in architecture.blocks:
-        size = block.num_parameters * len(block.layers)
-        sizes[block.stack] = sizes.get(block.stack, 0) + size
-    return max(sizes, key=sizes.__getitem__)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPart:
+    """Layers of one kind and their tapes."""
+
+    group: Group
+    tape: BlockTape
+    linears: tuple[LinearPart, ...]
 
 
-def adapter_shapes(method, linear, rank):
-    shapes = [(rank, linear.in_features), (linear.out_features, rank)]
-    if method == "dora": shapes.append((linear.out_features,))
-    return shapes
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything about a fine-tune that batch and sequence leave as it is."""
+
+    architecture: Architecture
+    recipe: Recipe
+    gpu: Gpu
+    layout: Layout
+    tape: ModelTape
+    loss: LossTape
+    groups: tuple[GroupPart, ...]
+    trained: Trained
+    weights: WeightBytes
+    adapters: int
+    gradients: int
+    state: int
+    paged: int
+    step: int
+    clip: int
 
 
-def estimate(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None, heads=None, window=None):
-    card = gpu or find_gpu("80GB")
-    layers = layers_of(architecture, recipe)
-    outside = roles_outside(architecture, recipe)
-    W = weight_bytes(architecture, layers, outside, recipe)
-    full = recipe.method == "full"
-    if full:
-        trained = Trained(list(trained_shapes(architecture, layers, outside)), DTYPE_BYTES[recipe.dtype])
-    else:
-        shapes = []
-        for g in layers:
-            for role in g.roles:
-                if role.adapted:
-                    shapes += [(g.count, s) for s in adapter_shapes(recipe.method, role.linear, role.rank)]
-        trained = Trained(shapes, DTYPE_BYTES[recipe.adapter_dtype])
-    A = 0 if full else trained.bytes
-    G = trained.bytes
-    opt = optimizers.find(recipe.optimizer)
-    S = sum(n * sum(rounded(b) for b in opt.state_bytes(shape, trained.item)) for n, shape in trained.shapes)
-    ws = 4096 * 8 * 1024 if card.compute_capability[0] in (9, 10, 12) else 4096 * 1024 * 2 + 16 * 1024 * 8
-    stack = main_stack(architecture)
-    regime = model_regime(architecture, recipe, card, heads or (), window)
+def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
+    """The parts of a fine-tune; reads its tapes, and traces those that are missing."""
+    first = tapes.model_tape(architecture, first_regime(recipe))
+    regime = model_regime(recipe, gpu, first.attention, first.window)
     tape = tapes.model_tape(architecture, regime)
-    B, T = recipe.batch_size, recipe.sequence_length
-    sizes = Sizes({"": 1, "B": B, "T": T})
-    N = B * T
-    acc = recipe.accumulation > 1
-    groups = [g for g in layers if g.block.stack == stack]
-    kinds = [b for b in architecture.blocks if b.stack == stack]
-    per = []
-    for g in groups:
-        bt = tape.blocks[kinds.index(g.block)]
-        roles = {r.linear.path: r for r in g.roles}
-        holes = []
-        for path, idt, plain in zip(bt.holes, bt.input_dtypes, bt.plain):
-            role = roles[path]
-            if not plain: role = dataclasses.replace(role, quantized=False)
-            # half types are the same sizes
-            lr = layer_regime(recipe, adapted=role.adapted, quantized=role.quantized, bias=role.linear.bias, input_dtype=idt)
-            lt = tapes.layer_tape(lr)
-            sz = Sizes({"": 1, "N": N, "i": role.linear.in_features, "o": role.linear.out_features, "r": role.rank})
-            if full:
-                gb = trained.item * role.linear.num_parameters
-            elif role.adapted:
-                gb = sum(trained.item * s[0] * (s[1] if len(s) > 1 else 1) for s in adapter_shapes(recipe.method, role.linear, role.rank))
-            else: gb = 0
-            holes.append(Hole(tape=lt, sizes=sz, gradient_bytes=gb))
-        per.append((g, layer_bytes(bt, tuple(holes), sizes, checkpointed=recipe.checkpointing == "full", accumulates=acc)))
-    lb = loss_bytes(tapes.loss_tape(architecture, loss_regime(recipe)), N)
-    lt_ = tapes.loss_tape(architecture, loss_regime(recipe))
-    kept_all = sum(g.count * b.kept for g, b in per)
-    keep_out = lb.left
-    # forward
-    before_peak = max([0, *(value(p, sizes) for p in tape.before.peaks)])
-    live0 = value(tape.before.net, sizes)
-    fpeak = before_peak
-    for g, b in per:
-        fpeak = larger(fpeak, live0 + kept_all - b.kept + b.forward_peak)
-    live = live0 + kept_all
-    # tail
-    fwd_done = False
-    held = 0
-    bpeak = 0
-    for item in tape.tail:
-        if isinstance(item, Stretch):
-            pk = live
-            for p in item.peaks: pk = larger(pk, live + value(p, sizes))
-            if fwd_done: bpeak = larger(bpeak, pk)
-            else: fpeak = larger(fpeak, pk)
-            live = live + value(item.net, sizes)
-        elif item.kind == "F":
-            fpeak = larger(fpeak, live + lb.forward_peak)
-            live = live + lb.kept
-            fwd_done = True
-            bpeak = larger(bpeak, live)
-        elif item.kind == "drop":
-            if lt_.holds_input: held = value(item.size, sizes)
-            else: live = live - value(item.size, sizes)
-        elif item.kind == "B":
-            bpeak = larger(bpeak, live - lb.kept + lb.backward_peak)
-            hid = N * architecture.hidden_size * DTYPE_BYTES[dtype_outside(recipe)]
-            live = live - lb.kept + lb.left + hid - held
-    # layers backward; both ends of the pile
-    rest = live - kept_all
-    Gl = 0
-    per_grad = []
-    for g, b in per:
-        bpeak = larger(bpeak, rest + kept_all + (G if acc else 0) + b.backward_peak - b.kept)
-        bpeak = larger(bpeak, rest + b.backward_peak + (G if acc or full else G))
-    base1 = W.total + A + 0
-    if full:
-        emb = architecture.vocab_size * architecture.hidden_size
-        tied = not any(l.kind == "head" for l in architecture.linears)
-        scratch = 0
-        if N > 3072:
-            seg = min(N, architecture.vocab_size)
-            part = N // 10 + seg
-            scratch = 8 * N * 3 + 16 * seg + 8 * part + 4 * part * architecture.hidden_size
-        bpeak = larger(bpeak, live0 + lb.left + G + (emb * trained.item if tied else 0) + scratch)
-    tr = {"adamw": trained.item * trained.count}.get(recipe.optimizer, 0)
-    out = {
-        "load": W.load_peak, "adapt": max(W.prepare_peak, W.total + A),
-        "1.forward": base1 + ws + fpeak,
-        "1.backward": base1 + 2 * ws + bpeak,
-        "1.optimizer": base1 + 2 * ws + G + S + tr + keep_out,
-        "2.forward": base1 + 2 * ws + S + fpeak,
-        "2.backward": base1 + 2 * ws + S + bpeak,
-        "2.optimizer": base1 + 2 * ws + G + S + tr + keep_out,
+    stack = architecture.main_stack
+    kinds = [block for block in architecture.blocks if block.stack == stack]
+    plain = {
+        path: is_plain
+        for block in tape.blocks
+        for path, is_plain in zip(block.holes, block.plain, strict=True)
     }
-    return out, dict(W=W.total, A=A, G=G, S=S, kept=kept_all, live0=live0, loss=lb, per=[(g.count, b) for g, b in per])
+    layout = layout_of(architecture, recipe, plain)
+    tensors = trained(architecture, layout, recipe, stack)
+    return Parts(
+        architecture=architecture,
+        recipe=recipe,
+        gpu=gpu,
+        layout=layout,
+        tape=tape,
+        loss=tapes.loss_tape(architecture, loss_regime(recipe)),
+        groups=tuple(
+            _group(group, tape.blocks[kinds.index(group.block)], recipe)
+            for group in layout.groups
+            if group.block.stack == stack
+        ),
+        trained=tensors,
+        weights=weight_bytes(architecture, layout, recipe),
+        adapters=adapter_bytes(layout, recipe, tensors),
+        gradients=gradient_bytes(tensors),
+        state=state_bytes(tensors, recipe),
+        paged=paged_bytes(tensors, recipe),
+        step=step_bytes(tensors, recipe),
+        clip=clip_bytes(tensors),
+    )
+
+
+def _group(group: Group, tape: BlockTape, recipe: Recipe) -> GroupPart:
+    roles = {role.linear.path: role for role in group.roles}
+    linears = []
+    for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
+        role = roles[path]
+        linears.append(
+            LinearPart(
+                tape=tapes.layer_tape(layer_regime(recipe, role, input_dtype)),
+                in_features=role.linear.in_features,
+                out_features=role.linear.out_features,
+                rank=role.rank,
+                gradient_bytes=layer_gradient_bytes(role, recipe),
+            )
+        )
+    return GroupPart(group=group, tape=tape, linears=tuple(linears))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A point of a step at which most may be live, above what is always there."""
+
+    activations: Any
+    """Everything but what follows."""
+    logits: Any = 0
+    gradients: Any = 0
+
+    @property
+    def total(self) -> Any:
+        return self.activations + self.logits + self.gradients
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """The points of a step's forward and backward, and what it holds afterwards."""
+
+    kept: Any
+    """What all layers keep from forward to backward."""
+    forward: tuple[Candidate, ...]
+    backward: tuple[Candidate, ...]
+    left: Any
+    """What the caller holds of the output after backward."""
+
+
+def step_of(parts: Parts, batch: Any, length: Any) -> Step:
+    """The step at a batch of B sequences of T tokens, numbers or arrays."""
+    return _Stepper(parts, batch, length).step()
+
+
+class _Stepper:
+    """Walks a step once, noting where most may be live."""
+
+    def __init__(self, parts: Parts, batch: Any, length: Any) -> None:
+        self._parts = parts
+        self._tokens = batch * length
+        self._sizes = Sizes({"": 1, "B": batch, "T": length})
+        self._accumulates = parts.recipe.accumulation > 1
+        self._layers = [
+            (part, self._layer(part, batch * length)) for part in parts.groups
+        ]
+        self._loss = loss_bytes(parts.loss, self._tokens)
+        self._kept = sum(part.group.count * layer.kept for part, layer in self._layers)
+        self._start = value(parts.tape.before.net, self._sizes)
+
+    def step(self) -> Step:
+        forward, backward, rest = self._around_loss()
+        return Step(
+            kept=self._kept,
+            forward=(*self._forward(), *forward),
+            backward=(*backward, *self._backward(rest)),
+            left=self._loss.left,
+        )
+
+    def _layer(self, part: GroupPart, tokens: Any) -> LayerBytes:
+        holes = tuple(
+            Hole(
+                tape=linear.tape,
+                sizes=Sizes(
+                    {
+                        "": 1,
+                        "N": tokens,
+                        "i": linear.in_features,
+                        "o": linear.out_features,
+                        "r": linear.rank,
+                    }
+                ),
+                gradient_bytes=linear.gradient_bytes,
+            )
+            for linear in part.linears
+        )
+        return layer_bytes(
+            part.tape,
+            holes,
+            self._sizes,
+            checkpointed=self._parts.recipe.checkpointing == "full",
+            accumulates=self._accumulates,
+        )
+
+    def _forward(self) -> Iterator[Candidate]:
+        """The embedding and the masks, then the last layer of each kind."""
+        gradients = self._parts.gradients if self._accumulates else 0
+        for peak in self._parts.tape.before.peaks:
+            yield Candidate(
+                activations=value(peak, self._sizes), gradients=gradients
+            )
+        for _, layer in self._layers:
+            below = self._start + self._kept - layer.kept
+            yield Candidate(
+                activations=below + layer.forward_peak, gradients=gradients
+            )
+
+    def _around_loss(self) -> tuple[list[Candidate], list[Candidate], Any]:
+        """The points in norm, head and loss, and what is live besides the pile then."""
+        loss = self._loss
+        gradients = self._parts.gradients if self._accumulates else 0
+        live = self._start + self._kept
+        held: Any = 0
+        forward: list[Candidate] = []
+        backward: list[Candidate] = []
+        points = forward
+
+        def note(activations: Any, logits: Any = 0) -> None:
+            points.append(
+                Candidate(
+                    activations=activations - logits,
+                    logits=logits,
+                    gradients=gradients,
+                )
+            )
+
+        for item in self._parts.tape.tail:
+            if isinstance(item, Stretch):
+                for peak in item.peaks:
+                    note(live + value(peak, self._sizes))
+                live = live + value(item.net, self._sizes)
+            elif item.kind == "F":
+                note(live + loss.forward_peak, loss.logits)
+                live = live + loss.kept
+                points = backward
+            elif item.kind == "drop" and self._parts.loss.holds_input:
+                held = value(item.size, self._sizes)
+            elif item.kind == "drop":
+                live = live - value(item.size, self._sizes)
+            else:
+                note(live - loss.kept + loss.backward_peak, loss.logits)
+                live = live - loss.kept + loss.left + self._hidden_bytes() - held
+        return forward, backward, live - self._kept
+
+    def _hidden_bytes(self) -> Any:
+        """The gradient of the last hidden states: (B, T, H)."""
+        item = DTYPE_BYTES[dtype_outside(self._parts.recipe)]
+        return self._tokens * self._parts.architecture.hidden_size * item
+
+    def _backward(self, rest: Any) -> Iterator[Candidate]:
+        """Each kind's layer at the top of the pile, and at its bottom.
+
+        At the top no layer has its gradient yet, at the bottom all others have.
+        """
+        parts = self._parts
+        full = parts.recipe.method == "full"
+        embedding = embedding_bytes(parts.architecture, parts.recipe) if full else 0
+        for part, layer in self._layers:
+            own = sum(linear.gradient_bytes for linear in part.linears)
+            pile = self._kept - layer.kept
+            top = parts.gradients if self._accumulates else self._head_gradients()
+            bottom = parts.gradients - own - (0 if self._is_tied else embedding)
+            if self._accumulates:
+                bottom = parts.gradients
+            yield Candidate(
+                activations=rest + pile + layer.backward_peak, gradients=top
+            )
+            yield Candidate(activations=rest + layer.backward_peak, gradients=bottom)
+        if full:
+            scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
+            again = embedding if self._is_tied or self._accumulates else 0
+            yield Candidate(
+                activations=rest + scratch + again, gradients=parts.gradients
+            )
+
+    @property
+    def _is_tied(self) -> bool:
+        return is_tied(self._parts.architecture)
+
+    def _head_gradients(self) -> int:
+        if not loss_regime(self._parts.recipe).trained:
+            return 0
+        architecture = self._parts.architecture
+        numbers = architecture.vocab_size * architecture.hidden_size
+        return numbers * DTYPE_BYTES[self._parts.recipe.dtype]
+
+
+
+
+def most(candidates: tuple[Candidate, ...]) -> Any:
+    """The most that any of the points holds, element by element."""
+    total = candidates[0].total
+    for candidate in candidates[1:]:
+        total = larger(total, candidate.total)
+    return total
+
+
+def workspaces(parts: Parts) -> tuple[int, int]:
+    """cuBLAS' workspaces of the forward's thread, and of both threads.
+
+    Backward runs on a thread of its own, whose handle has a workspace of its own.
+    cuBLASLt, which adds biases, has one for each thread that does so.
+    """
+    one = workspace_bytes(parts.gpu)
+    biased = any(role.linear.bias for role, _ in parts.layout.linears)
+    again = parts.recipe.checkpointing == "full"
+    light = LT_WORKSPACE_BYTES if biased else 0
+    return one + light, 2 * one + light + (light if again else 0)
+
+

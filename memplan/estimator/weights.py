@@ -1,15 +1,16 @@
-"""The weights as they are stored, and what loading and preparing them takes."""
+"""The weights: as they are stored, and while they are loaded and prepared."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from memplan import quantizations
-from memplan.architecture import Architecture, Parameter
-from memplan.estimator.layout import Layers, Role
-from memplan.estimator.polynomials import rounded
+from memplan.allocator import AllocatorSettings, CachingAllocator
+from memplan.architecture import Architecture
+from memplan.estimator.layout import Layout
 from memplan.estimator.regimes import is_prepared
 from memplan.recipe import Recipe
 
@@ -20,92 +21,99 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class WeightBytes:
     """Bytes of the weights, at rest and on the way there."""
 
-    codes: int
-    """Of weights, quantised or not."""
+    weights: int
+    """Of the weights themselves, quantised or not."""
     state: int
     """Of what dequantising needs besides."""
     load_peak: int
+    reserved: int
+    """What the allocator holds after loading."""
     prepare_peak: int
-    """While PEFT's k-bit preparation casts what is not quantised."""
-    loaded: int
-    """After loading, before anything is cast."""
+    """While k-bit preparation casts what is not quantised."""
 
     @property
     def total(self) -> int:
-        return self.codes + self.state
+        return self.weights + self.state
 
 
 def weight_bytes(
-    architecture: Architecture,
-    layers: tuple[Layers, ...],
-    outside: tuple[Role, ...],
-    recipe: Recipe,
+    architecture: Architecture, layout: Layout, recipe: Recipe
 ) -> WeightBytes:
-    """sum over tensors of their stored bytes, each rounded up to 512.
+    """W = sum over tensors of what the allocator hands out for their bytes.
 
-    Loading a quantised model first takes one block as large as all of it
-    (transformers' caching_allocator_warmup); preparing it casts one parameter after the
-    other to float32, beside which its half-precision original still lives.
+    A quantised layer of (o, i) is stored in the tensors that its scheme names; every
+    other tensor takes its numbers times the loaded precision, or float32 once it is
+    prepared (peft.prepare_model_for_kbit_training). Loading keeps one half-precision
+    layer beside its codes, and preparing keeps each original beside its copy.
     """
-    scheme = quantizations.find(recipe.quantization)
+    quantized = tuple(_quantized(layout, recipe))
+    others = tuple(_others(architecture, layout))
     item = DTYPE_BYTES[recipe.dtype]
-    codes = state = loaded_others = 0
-    others: list[tuple[int, int]] = []
-    largest_copy = 0
-    for role, count in _linears(layers, outside):
-        linear = role.linear
-        if role.quantized:
-            stored = scheme.stored_bytes(linear.num_weights, linear.out_features)
-            codes += count * rounded(stored[0])
-            state += count * sum(map(rounded, stored[1:]))
-            largest_copy = max(largest_copy, item * linear.num_weights)
-        else:
-            others.append((count, linear.num_weights))
-        if linear.bias:
-            others.append((count, linear.out_features))
-    for parameter, count in _parameters(architecture):
-        others.append((count, parameter.num_parameters))
-    trained_item = 4 if is_prepared(recipe) else item
-    loaded_others = sum(count * rounded(item * n) for count, n in others)
-    final_others = sum(count * rounded(trained_item * n) for count, n in others)
-    loaded = codes + state + loaded_others
-    largest = max((n for _, n in others), default=0)
+    if recipe.quantization == "none":
+        handed_out, reserved = _placed(
+            tuple(item * n for n, _ in others), tuple(count for _, count in others)
+        )
+        return WeightBytes(
+            weights=handed_out,
+            state=0,
+            load_peak=handed_out,
+            reserved=reserved,
+            prepare_peak=handed_out,
+        )
+    codes = sum(count * _rounded(sizes[0]) for sizes, count, _ in quantized)
+    state = sum(
+        count * sum(map(_rounded, sizes[1:])) for sizes, count, _ in quantized
+    )
+    loaded = sum(count * _rounded(item * n) for n, count in others)
+    copy = item * max((numbers for _, _, numbers in quantized), default=0)
+    final_item = 4 if is_prepared(recipe) else item
+    final = sum(count * _rounded(final_item * n) for n, count in others)
+    casts = item * max((n for n, _ in others), default=0) if final_item > item else 0
     return WeightBytes(
-        codes=codes + final_others,
+        weights=codes + final,
         state=state,
-        loaded=loaded,
-        load_peak=loaded + (largest_copy if recipe.quantization != "none" else 0),
-        prepare_peak=codes + state + final_others + item * largest
-        if trained_item != item
-        else loaded,
+        load_peak=codes + state + loaded + copy,
+        reserved=codes + state + loaded + copy,
+        prepare_peak=codes + state + final + casts,
     )
 
 
-def _linears(
-    layers: tuple[Layers, ...], outside: tuple[Role, ...]
-) -> Iterator[tuple[Role, int]]:
-    for group in layers:
-        for role in group.roles:
-            yield role, group.count
-    for role in outside:
-        yield role, 1
+def _quantized(
+    layout: Layout, recipe: Recipe
+) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Bytes of a quantised layer's tensors, how many there are, and its weights."""
+    scheme = quantizations.find(recipe.quantization)
+    for role, count in layout.linears:
+        if role.quantized:
+            linear = role.linear
+            sizes = scheme.stored_bytes(linear.num_weights, linear.out_features)
+            yield sizes, count, linear.num_weights
 
 
-def _parameters(architecture: Architecture) -> Iterator[tuple[Parameter, int]]:
+def _others(architecture: Architecture, layout: Layout) -> Iterator[tuple[int, int]]:
+    """Numbers of the tensors that are not quantised, and how many of each."""
+    for parameter in architecture.parameters:
+        yield parameter.num_parameters, 1
+    for role, count in layout.linears:
+        if not role.quantized:
+            yield role.linear.num_weights, count
+        if role.linear.bias:
+            yield role.linear.out_features, count
     for block in architecture.blocks:
         for parameter in block.parameters:
-            yield parameter, len(block.layers)
-    for parameter in architecture.parameters:
-        yield parameter, 1
+            yield parameter.num_parameters, len(block.layers)
 
 
-def trained_shapes(
-    architecture: Architecture, layers: tuple[Layers, ...], outside: tuple[Role, ...]
-) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Counts and shapes of all parameters, for training them all."""
-    for role, count in _linears(layers, outside):
-        yield count, (role.linear.out_features, role.linear.in_features)
-        if role.linear.bias:
-            yield count, (role.linear.out_features,)
-    for parameter, count in _parameters(architecture):
-        yield count, parameter.shape
+def _rounded(num_bytes: int) -> int:
+    return math.ceil(num_bytes / 512) * 512
+
+
+@functools.lru_cache(maxsize=64)
+def _placed(sizes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int]:
+    """What the allocator hands out for tensors, layer by layer, and reserves."""
+    allocator = CachingAllocator(AllocatorSettings())
+    for turn in range(max(counts, default=0)):
+        for size, count in zip(sizes, counts, strict=True):
+            if turn < count:
+                allocator.malloc(size)
+    return allocator.allocated_bytes, allocator.reserved_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from memplan import registry
@@ -33,6 +34,13 @@ class Optimizer(ABC):
     def loaded_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> tuple[int, ...]:
         """Bytes of each tensor of a parameter's state that came from a checkpoint."""
         return self.state_bytes(shape, dtype_bytes)
+
+    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+        """Bytes of what a step makes and drops again, where most of it is live.
+
+        `sizes` are the bytes of the parameters. None where one kernel does it all.
+        """
+        return 0
 
     @abstractmethod
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

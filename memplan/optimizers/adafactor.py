@@ -6,6 +6,7 @@ Source: transformers.optimization.Adafactor.step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from memplan.optimizers import Optimizer
@@ -29,6 +30,14 @@ class Adafactor(Optimizer):
         rows = math.prod(shape[:-1])
         columns = math.prod(shape[:-2]) * shape[-1]
         return RMS_BYTES, 4 * rows, 4 * columns
+
+    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+        """The squared gradient and its sum with eps, in float32.
+
+        Half-precision parameters and gradients have copies in float32 besides.
+        """
+        largest = 4 * max(sizes, default=0) // dtype_bytes
+        return (2 if dtype_bytes == 4 else 4) * largest
 
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor as Real

@@ -6,6 +6,7 @@ the size of the trained parameters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from memplan.optimizers._adamw import Adamw
@@ -16,6 +17,10 @@ class AdamwForeach(Adamw):
 
     summary: ClassVar[str] = "torch's AdamW, its default on CUDA (foreach)"
     flags: ClassVar[dict[str, Any]] = {"foreach": True}
+
+    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+        """The square roots of all second moments at once."""
+        return sum(sizes)
 
 
 PART = AdamwForeach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from memplan.optimizers._adamw import Adamw
@@ -12,6 +13,10 @@ class AdamwLoop(Adamw):
 
     summary: ClassVar[str] = "torch's AdamW, one parameter after the other"
     flags: ClassVar[dict[str, Any]] = {"foreach": False}
+
+    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+        """A square root, and its quotient (`_single_tensor_adam`)."""
+        return 2 * max(sizes, default=0)
 
 
 PART = AdamwLoop()

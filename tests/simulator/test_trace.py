@@ -7,7 +7,7 @@ from torch import nn
 
 from memplan.gpu import find_gpu
 from memplan.simulator.events import FREE, EventLog
-from memplan.simulator.operators.hardware import cublas_workspace_bytes
+from memplan.cublas import workspace_bytes
 from memplan.simulator.trace import Tracer
 
 T4 = find_gpu("T4")
@@ -64,8 +64,8 @@ def test_a_thread_gets_one_cublas_workspace_and_backward_another() -> None:
 
 
 def test_hopper_has_a_workspace_of_32_mib() -> None:
-    assert cublas_workspace_bytes(T4) == WORKSPACE_BYTES
-    assert cublas_workspace_bytes(find_gpu("H100")) == 32 * 2**20
+    assert workspace_bytes(T4) == WORKSPACE_BYTES
+    assert workspace_bytes(find_gpu("H100")) == 32 * 2**20
 
 
 def test_gradients_that_nobody_else_holds_are_summed_in_place() -> None:

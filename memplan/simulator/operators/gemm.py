@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
 from memplan.simulator.operators import Call, rule, tensor_bytes
-from memplan.simulator.operators.hardware import (
-    cublas_workspace_bytes,
-    multiprocessors,
-)
-
-CUBLASLT_WORKSPACE_BYTES = 1024 * 1024
-"""`_parseChosenWorkspaceSize`: CUBLASLT_WORKSPACE_SIZE's default, 1024 KiB."""
+from memplan.simulator.operators.hardware import multiprocessors
 
 
 @rule("aten::mm", "aten::bmm", "aten::dot", "aten::mv")
@@ -23,7 +18,7 @@ def product(call: Call) -> None:
     """The output, copies of unreadable operands, the workspace of the first product."""
     call.outputs()
     _copy_operands(call, call.args[:2])
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))
 
 
 @rule("aten::addmm")
@@ -36,10 +31,10 @@ def product_and_bias(call: Call) -> None:
     addend, _, mat2 = call.args[:3]
     call.outputs()
     _copy_operands(call, call.args[1:3])
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))
     fused = addend.dim() == 1 and addend.is_contiguous() and min(mat2.shape) > 1
     if fused and addend.shape[0] == mat2.shape[1]:
-        call.workspace(CUBLASLT_WORKSPACE_BYTES, "cublasLt")
+        call.workspace(LT_WORKSPACE_BYTES, "cublasLt")
 
 
 @rule("aten::baddbmm")
@@ -47,7 +42,7 @@ def product_and_sum(call: Call) -> None:
     """As a product; the addend is copied into the output, which takes no more."""
     call.outputs()
     _copy_operands(call, call.args[1:3])
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))
 
 
 @rule("aten::_grouped_mm")
@@ -62,7 +57,7 @@ def grouped_product(call: Call) -> None:
     call.give(_grouped_output(first, second, call.argument(2, "offs")))
     bfloat16 = first.dtype == second.dtype == torch.bfloat16
     if not bfloat16 or call.gpu.compute_capability not in _GROUPED_KERNEL_CAPABILITIES:
-        call.workspace(cublas_workspace_bytes(call.gpu))
+        call.workspace(workspace_bytes(call.gpu))
         return
     groups = second.shape[0] if second.dim() == 3 else call.argument(2, "offs").numel()
     pointers = 3 * 8 * (groups + groups % 2)
@@ -77,7 +72,7 @@ def grouped_product_in_a_loop(call: Call) -> None:
     Source: transformers.integrations.moe, `_grouped_mm_fallback` and its backward.
     """
     call.outputs()
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))
 
 
 _GROUPED_KERNEL_CAPABILITIES = ((9, 0), (10, 0))

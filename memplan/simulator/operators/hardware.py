@@ -23,10 +23,6 @@ _THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
 """Resident threads of a multiprocessor, where not 2048 (CUDA C++ Programming Guide,
 technical specifications per compute capability)."""
 
-_LARGE_WORKSPACE_MAJORS = (9, 10, 12)
-"""Capabilities with a 32 MiB cuBLAS workspace in torch 2.13."""
-
-
 def multiprocessors(gpu: Gpu) -> int:
     """Multiprocessors of the card, or of a common one of its capability."""
     return _MULTIPROCESSORS.get(gpu.compute_capability, 80)
@@ -35,13 +31,3 @@ def multiprocessors(gpu: Gpu) -> int:
 def resident_threads(gpu: Gpu) -> int:
     """Threads that one multiprocessor of the card holds at once."""
     return _THREADS.get(gpu.compute_capability, 2048)
-
-
-def cublas_workspace_bytes(gpu: Gpu) -> int:
-    """The workspace of a thread's cuBLAS handle.
-
-    Source: parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp.
-    """
-    if gpu.compute_capability[0] in _LARGE_WORKSPACE_MAJORS:
-        return 4096 * 8 * 1024
-    return 4096 * 1024 * 2 + 16 * 1024 * 8

@@ -10,7 +10,7 @@ import math
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.gemm import is_readable
-from memplan.simulator.operators.hardware import cublas_workspace_bytes
+from memplan.cublas import workspace_bytes
 
 POINTER_BYTES = 8
 
@@ -30,4 +30,4 @@ def solve_triangular(call: Call) -> None:
     if batch > LOOPED_BATCH or matrix.shape[-1] < LOOPED_SIDE:
         call.temporary(POINTER_BYTES * batch)
         call.temporary(POINTER_BYTES * batch)
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))

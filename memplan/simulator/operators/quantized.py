@@ -18,7 +18,8 @@ import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.gemm import is_readable
-from memplan.simulator.operators.hardware import cublas_workspace_bytes, multiprocessors
+from memplan.cublas import workspace_bytes
+from memplan.simulator.operators.hardware import multiprocessors
 
 LARGEST_FUSED_TOKENS = 1536
 """Tokens above which the weight is always dequantised (`_gemm_4bit_custom_max_m`)."""
@@ -51,7 +52,7 @@ def gemm_4bit(call: Call) -> None:
     call.give(torch.empty(out_shape, dtype=dtype, device=inputs.device))
     if not is_readable(inputs.reshape(-1, inputs.shape[-1])):
         call.temporary(tensor_bytes(inputs))
-    call.workspace(cublas_workspace_bytes(call.gpu))
+    call.workspace(workspace_bytes(call.gpu))
 
 
 @rule("bitsandbytes::int8_vectorwise_quant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def _recipe(regime: LayerRegime) -> Recipe:
         input_casts=regime.input_casts,
         dropout=0.5 if regime.dropout else 0.0,
         targets=("linear",),
+        method_options=json.loads(regime.options) if regime.options else {},
         rank=RANK,
         batch_size=BATCH,
         sequence_length=LENGTHS[0],

@@ -59,15 +59,6 @@ NO_WINDOW = 2**20
 """The window of sliding attention in sequences that are shorter than it."""
 
 
-def main_stack(architecture: Architecture) -> str:
-    """The path of the stack that holds most parameters: the decoder's layers."""
-    sizes: dict[str, int] = {}
-    for block in architecture.blocks:
-        size = block.num_parameters * len(block.layers)
-        sizes[block.stack] = sizes.get(block.stack, 0) + size
-    return max(sizes, key=sizes.__getitem__)
-
-
 @dataclass(slots=True)
 class _Run:
     """A traced step."""
@@ -94,7 +85,7 @@ class _Run:
 
 def trace_model(architecture: Architecture, regime: Regime) -> ModelTape:
     """The tape of a model in a regime."""
-    stack = main_stack(architecture)
+    stack = architecture.main_stack
     blocks = [block for block in architecture.blocks if block.stack == stack]
     kept = _kept_layers(blocks)
     run = _run(architecture, regime, stack, kept, LENGTHS[0])
@@ -421,9 +412,14 @@ class _Parser:
         assert isinstance(stretch, Stretch)
         return stretch
 
-    def lives_on(self, block: int) -> bool:
-        """Whether a block outlives the step: gradients and workspaces do."""
-        return block not in self._freed
+    def is_left_out(self, block: int) -> bool:
+        """Whether a block outlives the step, as gradients and workspaces do.
+
+        The kernel of an embedding's gradient is left out too: its scratch grows with
+        the smaller of tokens and vocabulary.
+        """
+        operator = self._run.log.operators[block]
+        return block not in self._freed or "embedding_dense_backward" in operator
 
     def size(self, block: int) -> Polynomial:
         return self._size[block]
@@ -447,9 +443,11 @@ class _Writer:
         for event in self._events:
             if isinstance(event, HoleMark):
                 self._mark(event)
+            elif self._parser.is_left_out(event[0]):
+                continue
             elif event[1] == FREE:
                 self._free(event[0])
-            elif not self._inside and not self._parser.lives_on(event[0]):
+            elif not self._inside:
                 self._allocate(event[0])
         self._end_stretch(force=not self._tape)
         return self._tape

@@ -1,0 +1,59 @@
+"""Gradients: one number for each trained one, in its precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from memplan.architecture import Architecture
+from memplan.estimator.layout import Role
+from memplan.estimator.polynomials import larger, smaller
+from memplan.estimator.trained import Trained, shapes_of
+from memplan.estimator.weights import DTYPE_BYTES
+from memplan.recipe import Recipe
+
+SMALL_COUNT = 3072
+"""Tokens up to which an embedding's gradient needs no sorting (Embedding.cu)."""
+
+ROWS_PER_THREAD = 10
+"""Rows that one partial sum covers (EmbeddingBackwardKernel.cu, NROWS_PER_THREAD)."""
+
+
+def gradient_bytes(trained: Trained) -> int:
+    """G = sum over trained tensors of their bytes."""
+    return sum(t.count * _rounded(t.bytes_each) for t in trained.with_gradient)
+
+
+def layer_gradient_bytes(role: Role, recipe: Recipe) -> int:
+    """The gradients of one linear layer, or of its adapter."""
+    full = recipe.method == "full"
+    item = DTYPE_BYTES[recipe.dtype if full else recipe.adapter_dtype]
+    return sum(_rounded(item * math.prod(shape)) for shape in shapes_of(role, recipe))
+
+
+def embedding_scratch_bytes(architecture: Architecture, tokens: Any) -> Any:
+    """What the kernel of an embedding's gradient holds besides the gradient.
+
+    Above 3072 tokens N, three lists of N indices, and float32 sums of (p, H) for
+    p = N // 10 + min(N, V) segments, with their numbers.
+    """
+    segments = smaller(tokens, architecture.vocab_size)
+    partials = tokens // ROWS_PER_THREAD + segments
+    lists = 8 * (3 * tokens + 2 * segments + partials)
+    sums = 4 * partials * architecture.hidden_size
+    return (lists + sums) * (larger(tokens, SMALL_COUNT) > SMALL_COUNT)
+
+
+def embedding_bytes(architecture: Architecture, recipe: Recipe) -> int:
+    """The gradient of the input embedding."""
+    numbers = architecture.vocab_size * architecture.hidden_size
+    return _rounded(numbers * DTYPE_BYTES[recipe.dtype])
+
+
+def is_tied(architecture: Architecture) -> bool:
+    """Whether the head is the input embedding."""
+    return not any(linear.kind == "head" for linear in architecture.linears)
+
+
+def _rounded(num_bytes: int) -> int:
+    return math.ceil(num_bytes / 512) * 512

@@ -1,0 +1,65 @@
+"""The optimizer's state, and what a step makes and drops again."""
+
+from __future__ import annotations
+
+import math
+
+from memplan import methods, optimizers
+from memplan.estimator.trained import Trained
+from memplan.recipe import Recipe
+
+CHUNK = 65536
+"""Numbers that one block of a norm's kernel reduces (ForeachReduceOp.cu)."""
+
+NORM_BYTES = 512
+"""The least that the allocator hands out, which a norm takes."""
+
+
+def state_bytes(trained: Trained, recipe: Recipe) -> int:
+    """S = sum over trained tensors of the bytes of their state, by the optimizer."""
+    optimizer = optimizers.find(recipe.optimizer)
+    own = methods.find(recipe.method).optimizer_bytes_per_number
+    return sum(
+        t.count
+        * sum(
+            map(
+                _rounded,
+                (
+                    *optimizer.state_bytes(t.shape, t.item),
+                    own * math.prod(t.shape),
+                ),
+            )
+        )
+        for t in trained.with_gradient
+    )
+
+
+def paged_bytes(trained: Trained, recipe: Recipe) -> int:
+    """What of the state lies in CUDA's managed memory."""
+    optimizer = optimizers.find(recipe.optimizer)
+    return sum(t.count * optimizer.paged_bytes(t.shape) for t in trained.with_gradient)
+
+
+def step_bytes(trained: Trained, recipe: Recipe) -> int:
+    """What a step holds at once besides state and gradients."""
+    tensors = trained.with_gradient
+    if not tensors:
+        return 0
+    sizes = [t.bytes_each for t in tensors for _ in range(t.count)]
+    return optimizers.find(recipe.optimizer).step_bytes(sizes, tensors[0].item)
+
+
+def clip_bytes(trained: Trained) -> int:
+    """A norm for each of n gradients, all of them stacked, and the kernel's sums.
+
+    Those are float32, one for each 65,536 numbers of the longest gradient, n times.
+    """
+    tensors = trained.with_gradient
+    count = sum(t.count for t in tensors)
+    longest = max((math.prod(t.shape) for t in tensors), default=0)
+    sums = 4 * count * math.ceil(longest / CHUNK)
+    return NORM_BYTES * count + _rounded(4 * count) + _rounded(sums)
+
+
+def _rounded(num_bytes: int) -> int:
+    return math.ceil(num_bytes / 512) * 512

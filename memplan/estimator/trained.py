@@ -1,0 +1,141 @@
+"""Which tensors are trained: adapters, whole modules, or every parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memplan import methods
+from memplan.architecture import Architecture
+from memplan.estimator.layout import Layout, Role
+from memplan.estimator.regimes import dtype_outside
+from memplan.estimator.weights import DTYPE_BYTES
+from memplan.recipe import Recipe
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensors:
+    """Tensors of one shape and precision."""
+
+    shape: Shape
+    count: int
+    item: int
+    """Bytes of a number."""
+    has_gradient: bool = True
+    """Whether the step reaches them: it passes by a vision tower."""
+
+    @property
+    def bytes_each(self) -> int:
+        return math.prod(self.shape) * self.item
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a recipe trains."""
+
+    tensors: tuple[Tensors, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.count * math.prod(t.shape) for t in self.tensors)
+
+    @property
+    def with_gradient(self) -> tuple[Tensors, ...]:
+        return tuple(tensors for tensors in self.tensors if tensors.has_gradient)
+
+
+def trained(
+    architecture: Architecture, layout: Layout, recipe: Recipe, stack: str
+) -> Trained:
+    """The trained tensors; `stack` is where the step's layers stand."""
+    if recipe.method == "full":
+        found = _all(architecture, layout, DTYPE_BYTES[recipe.dtype], stack)
+    else:
+        found = (*_adapters(layout, recipe, stack), *_modules(architecture, recipe))
+    return Trained(tensors=tuple(found))
+
+
+def shapes_of(role: Role, recipe: Recipe) -> tuple[Shape, ...]:
+    """Shapes of what is trained of a linear layer, or beside it."""
+    linear = role.linear
+    if recipe.method == "full":
+        weight = (linear.out_features, linear.in_features)
+        return (weight, (linear.out_features,)) if linear.bias else (weight,)
+    if not role.adapted:
+        return ()
+    method = methods.find(recipe.method)
+    return method.parameter_shapes(linear, role.rank, dict(role.options))
+
+
+def _adapters(layout: Layout, recipe: Recipe, stack: str) -> Iterator[Tensors]:
+    item = DTYPE_BYTES[recipe.adapter_dtype]
+    for group in layout.groups:
+        reached = group.block.stack == stack
+        for role in group.roles:
+            for shape in shapes_of(role, recipe):
+                yield Tensors(
+                    shape=shape, count=group.count, item=item, has_gradient=reached
+                )
+    for role in layout.outside:
+        for shape in shapes_of(role, recipe):
+            yield Tensors(shape=shape, count=1, item=item)
+
+
+def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
+    """Copies of modules that are trained whole (PEFT's modules_to_save)."""
+    item = DTYPE_BYTES[dtype_outside(recipe)]
+
+    def is_named(path: str) -> bool:
+        return any(path.endswith(name) for name in recipe.trained_modules)
+
+    for linear in architecture.linears:
+        if is_named(linear.path):
+            yield Tensors(
+                shape=(linear.out_features, linear.in_features), count=1, item=item
+            )
+    for parameter in architecture.parameters:
+        if is_named(parameter.path.rpartition(".")[0]):
+            yield Tensors(shape=parameter.shape, count=1, item=item)
+    for block in architecture.blocks:
+        for parameter in block.parameters:
+            if is_named(parameter.path.rpartition(".")[0]):
+                yield Tensors(
+                    shape=parameter.shape, count=len(block.layers), item=item
+                )
+
+
+def _all(
+    architecture: Architecture, layout: Layout, item: int, stack: str
+) -> Iterator[Tensors]:
+    for group in layout.groups:
+        reached = group.block.stack == stack
+        for role in group.roles:
+            yield from _whole(role, group.count, item, reached=reached)
+        for parameter in group.block.parameters:
+            yield Tensors(
+                shape=parameter.shape,
+                count=group.count,
+                item=item,
+                has_gradient=reached,
+            )
+    for role in layout.outside:
+        yield from _whole(role, 1, item, reached=role.linear.kind == "head")
+    for parameter in architecture.parameters:
+        yield Tensors(shape=parameter.shape, count=1, item=item)
+
+
+def _whole(role: Role, count: int, item: int, *, reached: bool) -> Iterator[Tensors]:
+    linear = role.linear
+    yield Tensors(
+        shape=(linear.out_features, linear.in_features),
+        count=count,
+        item=item,
+        has_gradient=reached,
+    )
+    if linear.bias:
+        yield Tensors(
+            shape=(linear.out_features,), count=count, item=item, has_gradient=reached
+        )
