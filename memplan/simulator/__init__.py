@@ -27,13 +27,8 @@ from memplan.simulator.events import EventLog
 from memplan.simulator.host import Traced, Trained, host_bytes
 from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
-from memplan.simulator.repetition import (
-    Pattern,
-    expand,
-    find_pattern,
-    multiplicity,
-    shorten,
-)
+from memplan.simulator.pattern import Pattern, find_pattern
+from memplan.simulator.repetition import expand
 from memplan.simulator.replay import Replay, replay, samples
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
@@ -208,12 +203,9 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
 
     with _no_warnings(), _no_initialization():
         with phase("load"):
-            model = training_model.build(architecture, recipe)
-            Loader(tracer, recipe).load(model)
-            loaded_modules = list(log.modules)
-            left_out = shorten(model, pattern) if pattern else None
-            if pattern is not None:
-                log.modules[:] = [pattern.renumber(path) for path in loaded_modules]
+            kept = pattern.kept_layers if pattern else None
+            model = training_model.build(architecture, recipe, kept)
+            Loader(tracer, recipe, lambda path: _num_copies(path, pattern)).load(model)
         with (
             Reroute(tracer, recipe).installed(),
             repeated_heads(recipe.attention),
@@ -235,11 +227,9 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             trained = _trained(adapted, pattern)
             lived.after_steps(task.life)
             tracer.stop()
-    del left_out
-    log.modules[: len(loaded_modules)] = loaded_modules
     if pattern is not None:
         gradients = (len(trained), sum(one.copies for one in trained))
-        expanded = expand(log, loaded_modules, pattern, gradients)
+        expanded = expand(log, pattern, gradients)
         if expanded is None:
             return None
         log = expanded
@@ -260,7 +250,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
 def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     return tuple(
         Trained(
-            copies=_num_copies(name, pattern),
+            copies=_num_copies(name.removeprefix(PEFT_PREFIX), pattern),
             shape=tuple(parameter.shape),
             element_bytes=parameter.element_size(),
         )
@@ -269,10 +259,9 @@ def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     )
 
 
-def _num_copies(name: str, pattern: Pattern | None) -> int:
+def _num_copies(path: str, pattern: Pattern | None) -> int:
     """How many parameters of the whole model a traced one stands for."""
-    path = name.removeprefix(PEFT_PREFIX)
-    return 1 if pattern is None else multiplicity(pattern, path)
+    return 1 if pattern is None else pattern.multiplicity(path)
 
 
 def _replay_on_card(

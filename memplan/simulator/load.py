@@ -8,7 +8,7 @@ Source: transformers 5.23, `modeling_utils.caching_allocator_warmup` and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,12 +32,21 @@ WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
 
 
 class Loader:
-    """Allocates a built model's tensors in the order in which they would arrive."""
+    """Allocates a built model's tensors in the order in which they would arrive.
 
-    def __init__(self, tracer: Tracer, recipe: Recipe) -> None:
+    `copies` says how many modules of the whole model one of a path stands for.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        recipe: Recipe,
+        copies: Callable[[str], int] = lambda path: 1,
+    ) -> None:
         self._tracer = tracer
         self._log = tracer.log
         self._recipe = recipe
+        self._copies = copies
         self._loaded: set[int] = set()
         self._has_dynamic_map = False
         self._path = ""
@@ -59,7 +68,10 @@ class Loader:
 
     def _warm_up(self, model: nn.Module) -> None:
         """One block for all the weights, so that they are cut from one segment."""
-        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        num_bytes = sum(
+            self._copies(name) * parameter.numel() * parameter.element_size()
+            for name, parameter in model.named_parameters()
+        )
         limit = max(0, self._tracer.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
         block = self._allocate(min(num_bytes, limit) // HALF_BYTES * HALF_BYTES)
         self._log.free(block)

@@ -13,7 +13,7 @@ from memplan.catalog import inspect
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator.events import FREE, EventLog
-from memplan.simulator.repetition import Pattern, find_pattern
+from memplan.simulator.pattern import Pattern, find_pattern
 from memplan.simulator.replay import replay
 
 CARD = find_gpu("A100-80GB")
