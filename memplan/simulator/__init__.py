@@ -17,7 +17,7 @@ from torch import nn
 from memplan import checks, optimizers
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
-from memplan.footprint import Footprint
+from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.life import CARD, HOST, NO_LIFE, Life
 from memplan.recipe import Recipe
@@ -45,8 +45,8 @@ TRACED_MICRO_BATCHES = 2
 UNNAMED_CARD = "80GB"
 """What stands for the card where none is named; its kernels are those of 8.6."""
 
-MISSING_SEARCH_STEPS = 8
-"""Halvings of the range in which the smallest sufficient memory is looked for."""
+MISSING_PRECISION = 128
+"""What is missing is found to one part in so many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,16 +279,21 @@ def _replay_on_card(
         return limited, 0
     unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
-    enough = max(moment.reserved_bytes for moment in unlimited.moments)
-    return unlimited, _smallest_budget(log, settings, gpu, enough) - gpu.budget_bytes
+    enough = _smallest_budget(log, settings, gpu, unlimited.moments)
+    return unlimited, enough - gpu.budget_bytes
 
 
 def _smallest_budget(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu, enough: int
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu, unlimited: list[Moment]
 ) -> int:
-    """About the smallest budget that suffices, with the cache given back in need."""
-    too_little = gpu.budget_bytes
-    for _ in range(MISSING_SEARCH_STEPS):
+    """About the smallest budget that suffices, with the cache given back in need.
+
+    It lies between what is allocated and what is reserved without a limit.
+    """
+    allocated = max(moment.allocated_bytes for moment in unlimited)
+    enough = max(moment.reserved_bytes for moment in unlimited)
+    too_little = max(gpu.budget_bytes, allocated - 1)
+    while (enough - too_little) * MISSING_PRECISION > enough - gpu.budget_bytes:
         middle = (too_little + enough) // 2
         if replay(log, settings, middle).failed_moment is None:
             enough = middle

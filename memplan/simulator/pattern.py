@@ -2,14 +2,15 @@
 
 Layers are of one kind if the model makes them alike and the recipe treats them alike. A
 stack falls into sections over which the kinds of layers repeat with a period, and single
-layers between them. Of a section, its first four periods and its last two are traced.
+layers between them. Of a section, a few layers at both ends and two periods between them
+are traced.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from dataclasses import dataclass
 
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -21,12 +22,12 @@ from memplan.training.few_layers import KeptLayers
 LONGEST_PERIOD = 12
 """Layers after which the kinds of a stack may repeat."""
 
-PERIODS_BEFORE = 2
-"""Periods at either end that stand for themselves: what the first layer and the last do
-differently shows in what their neighbours release."""
+LAYERS_BEFORE = 2
+"""Layers at either end, in whole periods, that stand for themselves: what the first layer
+and the last do differently shows in what their neighbours release."""
 
-TRACED_PERIODS = 2 * PERIODS_BEFORE + 2
-"""Between the ends, two that must be alike; the first stands for the others."""
+ALIKE_PERIODS = 2
+"""Periods between the ends that must be alike; the first stands for the others."""
 
 LARGEST_SHARE = 0.6
 """The share of a stack from which on leaving layers out is not worth while."""
@@ -43,13 +44,13 @@ class Section:
     @property
     def repeated(self) -> int:
         """The first layer of the period that stands for others."""
-        return self.start + PERIODS_BEFORE * self.period
+        return self.start + _end_length(self.period)
 
     @property
     def left_out(self) -> range:
         """The layers that are not traced."""
-        after = self.start + (self.num_periods - PERIODS_BEFORE) * self.period
-        return range(self.repeated + 2 * self.period, after)
+        after = self.start + self.num_periods * self.period - _end_length(self.period)
+        return range(self.repeated + ALIKE_PERIODS * self.period, after)
 
     def stand_in(self, layer: int) -> int:
         """The layer that is written for a layer: itself but for those that repeat."""
@@ -88,7 +89,12 @@ class Pattern:
     @property
     def kept_layers(self) -> KeptLayers:
         """The layers that are built and traced."""
-        return KeptLayers(stack=self.stack, numbers=self.kept)
+        left_out = {
+            layer: self.kept[position]
+            for layer, position in enumerate(self.representatives)
+            if layer not in self.kept
+        }
+        return KeptLayers(stack=self.stack, numbers=self.kept, left_out=left_out)
 
     @property
     def num_layers(self) -> int:
@@ -104,12 +110,34 @@ class Pattern:
         position = self.position(path)
         return 1 if position is None else self.representatives.count(position)
 
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """Positions that must be alike: of a section's two periods in the middle."""
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Positions that must be alike: of each section's periods in the middle."""
+        return tuple(itertools.chain(*map(self._pairs_of, self.sections)))
+
+    def is_pass(self, positions: Container[int | None]) -> bool:
+        """Whether those positions go over all layers of some kinds in the sections.
+
+        Beside those that must be alike, the nearest of these kinds on both sides.
+        """
+        gone_over = False
         for section in self.sections:
-            first = self.kept.index(section.repeated)
-            for position in range(first, first + section.period):
-                yield position, position + section.period
+            pairs = self._pairs_of(section)
+            found = [(a, b) for a, b in pairs if a in positions or b in positions]
+            if not found:
+                continue
+            before = found[-1][0] - section.period
+            after = found[0][1] + section.period
+            needed = (before, *itertools.chain(*found), after)
+            if not all(position in positions for position in needed):
+                return False
+            gone_over = True
+        return gone_over
+
+    def _pairs_of(self, section: Section) -> list[tuple[int, int]]:
+        first = self.kept.index(section.repeated)
+        period = section.period
+        return [(p, p + period) for p in range(first, first + period)]
 
 
 def find_pattern(architecture: Architecture, recipe: Recipe) -> Pattern | None:
@@ -168,6 +196,11 @@ def _treatment(block: Block, path: str, recipe: Recipe) -> Iterator[Hashable]:
         )
 
 
+def _end_length(period: int) -> int:
+    """How many layers at either end of a section stand for themselves."""
+    return -(-LAYERS_BEFORE // period) * period
+
+
 def _names(block: Block) -> dict[str, None]:
     """Paths within a layer of its modules and parameters, the layer itself included."""
     names: dict[str, None] = {}
@@ -189,15 +222,14 @@ def _sections(kinds: list[Hashable]) -> tuple[Section, ...]:
         num_traced[start] = 1 + num_traced[start + 1]
         for period in periods:
             num_periods = 1 + alike[period][start] // period
-            if num_periods <= TRACED_PERIODS:
+            if num_periods == 1:
                 continue
+            section = Section(start=start, period=period, num_periods=num_periods)
             after = start + num_periods * period
-            traced = TRACED_PERIODS * period + num_traced[after]
-            if traced < num_traced[start]:
+            traced = after - start - len(section.left_out) + num_traced[after]
+            if section.left_out and traced < num_traced[start]:
                 num_traced[start] = traced
-                chosen[start] = Section(
-                    start=start, period=period, num_periods=num_periods
-                )
+                chosen[start] = section
     return tuple(_chain(chosen))
 
 

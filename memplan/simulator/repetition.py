@@ -207,7 +207,7 @@ def _merged(
 
 def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
     """The items of a stretch; None where a pass leaves out layers that repeat."""
-    repeating = {position for pair in pattern.pairs() for position in pair}
+    repeating = {position for pair in pattern.pairs for position in pair}
     items: list[_Item] = []
     left = list(runs)
     while left:
@@ -229,26 +229,15 @@ def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
 
 
 def _pass_at_start(runs: list[Run], pattern: Pattern) -> list[Run]:
-    """The runs that go up or down all layers that repeat; none if there are none."""
+    """The runs that go up or down the layers that repeat; none if there are none."""
     part: list[Run] = []
     for run in runs:
         tags = [tag for tag, _ in (*part[-2:], run)]
         steps = [b - a for a, b in pairwise(tags) if a is not None and b is not None]
-        if None in tags or any(abs(step) != 1 or step != steps[0] for step in steps):
+        if None in tags or any(step * steps[0] <= 0 for step in steps):
             break
         part.append(run)
-    positions = {tag for tag, _ in part}
-    return part if positions >= _middle(pattern) else []
-
-
-def _middle(pattern: Pattern) -> set[int]:
-    """The layers that a pass goes over: those that repeat, and their neighbours."""
-    return {
-        position + step
-        for pair in pattern.pairs()
-        for position in pair
-        for step in (-1, 0, 1)
-    }
+    return part if pattern.is_pass({tag for tag, _ in part}) else []
 
 
 def _split_turn(
@@ -271,10 +260,11 @@ def _repeats(parsed: _Parsed) -> Iterator[bool]:
         for item in stretch.items:
             if not item.layers:
                 continue
-            for one, other in parsed.pattern.pairs():
-                yield _signature(parsed, item.layers[one], one) == (
-                    _signature(parsed, item.layers[other], other)
-                )
+            for one, other in parsed.pattern.pairs:
+                if one in item.layers:
+                    yield _signature(parsed, item.layers[one], one) == (
+                        _signature(parsed, item.layers[other], other)
+                    )
 
 
 def _signature(parsed: _Parsed, events: list[Event], position: int) -> list[object]:

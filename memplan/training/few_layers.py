@@ -6,7 +6,7 @@ Those that are built keep their numbers, in their paths as in what they were tol
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -24,6 +24,8 @@ class KeptLayers:
     stack: str
     """The stack's path."""
     numbers: tuple[int, ...]
+    left_out: Mapping[int, int]
+    """By number of a layer that is not built: that of one like it that is."""
 
 
 class FewLayers(nn.ModuleList):
@@ -32,12 +34,16 @@ class FewLayers(nn.ModuleList):
     What is taken from it by index or slice is told by position, as from any list.
     """
 
+    left_out: Mapping[int, int] = {}
+    """As of KeptLayers."""
+
     @classmethod
-    def of(cls, whole: nn.ModuleList, numbers: tuple[int, ...]) -> FewLayers:
-        """The layers of those numbers."""
+    def of(cls, whole: nn.ModuleList, kept: KeptLayers) -> FewLayers:
+        """The layers of a stack that are kept."""
         few = cls()
-        for number in numbers:
+        for number in kept.numbers:
             few.add_module(str(number), whole[number])
+        few.left_out = kept.left_out
         return few
 
     def _get_abs_string_index(self, idx: Any) -> str:
@@ -62,12 +68,26 @@ def build_few(
     return model
 
 
+def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules as the whole model has them, what is left out by what is alike.
+
+    Names in a recipe speak of the whole model.
+    """
+    for path, module in model.named_modules():
+        yield path, module
+        if isinstance(module, FewLayers):
+            for number, other in module.left_out.items():
+                layer = module.get_submodule(str(other))
+                for name, part in layer.named_modules():
+                    yield f"{path}.{number}.{name}".rstrip("."), part
+
+
 def _leave_out(model: nn.Module, kept: KeptLayers) -> None:
     """Takes all other layers out, and what the config lists for each layer."""
     whole = model.get_submodule(kept.stack)
     assert isinstance(whole, nn.ModuleList)
     parent, _, name = kept.stack.rpartition(".")
-    few = FewLayers.of(whole, kept.numbers)
+    few = FewLayers.of(whole, kept)
     setattr(model.get_submodule(parent), name, few)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for key, value in vars(config).items():
@@ -76,7 +96,7 @@ def _leave_out(model: nn.Module, kept: KeptLayers) -> None:
 
 
 def _is_built(model: nn.Module, kept: KeptLayers) -> bool:
-    """Whether the layers that are kept, and no other layer of any stack, are whole."""
+    """Whether it is the layers that are kept that were built."""
     whole = model.get_submodule(kept.stack)
     assert isinstance(whole, nn.ModuleList)
     return all(any(whole[number].children()) for number in kept.numbers)

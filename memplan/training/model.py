@@ -23,7 +23,7 @@ from memplan.errors import InputError, UnknownNameError
 from memplan.inspector import build_config, build_meta_model
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
-from memplan.training.few_layers import KeptLayers, build_few
+from memplan.training.few_layers import KeptLayers, build_few, whole_modules
 from memplan.training.loss import prepare_loss
 
 EAGER = "eager"
@@ -299,7 +299,7 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
 
     paths = [
         path.removeprefix("base_model.model.")
-        for path, module in model.named_modules()
+        for path, module in whole_modules(model)
         if isinstance(module, BaseTunerLayer)
     ]
     for field in ("rank_pattern", "alpha_pattern"):
@@ -315,7 +315,7 @@ def _check_trained_modules(model: nn.Module, recipe: Recipe) -> None:
 
     PEFT passes over the first (`set_additional_trainable_modules`).
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in whole_modules(model) if path}
     for name in recipe.trained_modules:
         named = [module for path, module in modules.items() if path.endswith(name)]
         if not named:
