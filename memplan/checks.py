@@ -96,6 +96,11 @@ def _recipe_notes(recipe: Recipe) -> Iterator[str]:
             "Autocast copies frozen float32 weights at every use and keeps the copies "
             "for backward."
         )
+    if recipe.trainer == "trl" and recipe.loss == "liger":
+        yield (
+            "SFTTrainer refuses Liger's fused loss from the release on in which its own "
+            "head is fused (TRL 1.16 does); it has loss chunked for that."
+        )
     if recipe.optimizer.startswith("paged-"):
         yield "States of 100,000 numbers and more are paged; smaller ones are not."
 
