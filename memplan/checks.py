@@ -98,8 +98,8 @@ def _recipe_notes(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.trainer == "trl" and recipe.loss == "liger":
         yield (
-            "SFTTrainer refuses Liger's fused loss from the release on in which its own "
-            "head is fused (TRL 1.16 does); it has loss chunked for that."
+            "SFTTrainer of TRL 1.16 refuses Liger's fused loss, for it fuses the head "
+            "itself: loss chunked."
         )
     if recipe.optimizer.startswith("paged-"):
         yield "States of 100,000 numbers and more are paged; smaller ones are not."

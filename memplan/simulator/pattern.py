@@ -1,9 +1,9 @@
 """Which layers of a stack are traced, and which of these stand for the others.
 
-Layers are of one kind if the model makes them alike and the recipe treats them alike. A
-stack falls into sections over which the kinds of layers repeat with a period, and single
-layers between them. Of a section, a few layers at both ends and two periods between them
-are traced.
+Layers are of one kind if the model makes them alike and the recipe treats them alike.
+A stack falls into sections over which the kinds of layers repeat with a period, and
+single layers between them. Of a section, a few layers at both ends and two periods
+between them are traced.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LONGEST_PERIOD = 12
 """Layers after which the kinds of a stack may repeat."""
 
 LAYERS_BEFORE = 2
-"""Layers at either end, in whole periods, that stand for themselves: what the first layer
-and the last do differently shows in what their neighbours release."""
+"""Layers at either end, in whole periods, that stand for themselves: what the first
+layer and the last do differently shows in what their neighbours release."""
 
 ALIKE_PERIODS = 2
 """Periods between the ends that must be alike; the first stands for the others."""
@@ -101,7 +101,7 @@ class Pattern:
         return len(self.representatives)
 
     def position(self, path: str) -> int | None:
-        """The position of the layer that a module lies in, None outside of the stack."""
+        """The position of the layer that a module lies in, None outside of layers."""
         match = re.match(rf"{re.escape(self.stack)}\.(\d+)(\.|$)", path)
         return self.kept.index(int(match[1])) if match else None
 
@@ -204,8 +204,10 @@ def _end_length(period: int) -> int:
 def _names(block: Block) -> dict[str, None]:
     """Paths within a layer of its modules and parameters, the layer itself included."""
     names: dict[str, None] = {}
-    for held in (*block.linears, *block.parameters):
-        parts = held.path.split(".")
+    linears = (linear.path for linear in block.linears)
+    parameters = (parameter.path for parameter in block.parameters)
+    for path in (*linears, *parameters):
+        parts = path.split(".")
         names |= dict.fromkeys(".".join(parts[:end]) for end in range(len(parts) + 1))
     return names
 

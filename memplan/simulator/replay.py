@@ -13,7 +13,6 @@ from memplan.footprint import Moment
 from memplan.simulation import LiveBlock, Sample
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
 
-
 _Blocks = list[tuple[int, int]]
 """Blocks of a log, with the bytes that the allocator took for them."""
 

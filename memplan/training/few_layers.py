@@ -47,7 +47,9 @@ class FewLayers(nn.ModuleList):
         return few
 
     def _get_abs_string_index(self, idx: Any) -> str:
-        return list(self._modules)[idx]
+        names = list(self._modules)
+        name: str = names[idx]
+        return name
 
 
 def build_few(

@@ -84,8 +84,11 @@ class Evaluator:
         Without it that model computes logits in evaluation. SFTTrainer and a bare loop
         do not ask.
         """
-        asks = self._recipe.trainer == "transformers" and self._recipe.loss == LIGER
-        return {"skip_logits": True} if asks and not self._evaluation.keeps_logits else {}
+        has_liger = (
+            self._recipe.trainer == "transformers" and self._recipe.loss == LIGER
+        )
+        asks = has_liger and not self._evaluation.keeps_logits
+        return {"skip_logits": True} if asks else {}
 
     def _forward_to_logits(self, batch: dict[str, Tensor]) -> Any:
         """A second forward, where the loss has no logits (SFTTrainer.compute_loss)."""

@@ -50,7 +50,10 @@ def build(
     attention = _attention(architecture, recipe)
 
     def build_whole() -> nn.Module:
-        return build_meta_model(architecture.name, config, dtype=dtype, **attention)
+        model: nn.Module = build_meta_model(
+            architecture.name, config, dtype=dtype, **attention
+        )
+        return model
 
     model = build_few(build_whole, architecture, kept) if kept else build_whole()
     _keep_in_float32(model, dtype)

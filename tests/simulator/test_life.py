@@ -104,7 +104,7 @@ LIVES = {
         ({}, {"trainer": "transformers"}),
         ({}, {"quantization": "nf4-double", "optimizer": "paged-adamw-8bit"}),
         # Two kinds of layers, of which the config says each one's.
-        ({"model_type": "gemma2", "num_hidden_layers": 24}, {"method": "full"}),
+        ({"model_type": "gemma2", "num_hidden_layers": 14}, {"method": "full"}),
         pytest.param(
             {},
             {"quantization": "int8", "method": "dora", "trainer": "trl"},
@@ -126,7 +126,7 @@ def test_layers_that_repeat_do_so_in_every_moment(
     few = trace(deep, life, **keys)
     whole = simulator.trace(deep, recipe(**keys), CARD_80GB, life=life, whole=True)
 
-    assert few.num_traced_layers in (6, 12)
+    assert few.num_traced_layers in (6, 8)
     assert whole.num_traced_layers is None
     assert moments(few.log) == moments(whole.log)
     assert few.trainable_parameters == whole.trainable_parameters
