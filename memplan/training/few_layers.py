@@ -62,9 +62,10 @@ def build_few(
     try:
         with _building_few(architecture, kept):
             model = build()
+        is_meant = _built(model, kept) == kept.numbers
     except InputError:
-        model = build()
-    if not _is_built(model, kept):
+        is_meant = False
+    if not is_meant:
         model = build()
     _leave_out(model, kept)
     return model
@@ -97,11 +98,11 @@ def _leave_out(model: nn.Module, kept: KeptLayers) -> None:
             setattr(config, key, [value[number] for number in kept.numbers])
 
 
-def _is_built(model: nn.Module, kept: KeptLayers) -> bool:
-    """Whether it is the layers that are kept that were built."""
+def _built(model: nn.Module, kept: KeptLayers) -> tuple[int, ...]:
+    """The numbers of the stack's layers that were built."""
     whole = model.get_submodule(kept.stack)
     assert isinstance(whole, nn.ModuleList)
-    return all(any(whole[number].children()) for number in kept.numbers)
+    return tuple(n for n, layer in enumerate(whole) if any(layer.children()))
 
 
 @contextlib.contextmanager
@@ -126,11 +127,15 @@ def _building_few(architecture: Architecture, kept: KeptLayers) -> Iterator[None
 def _building(
     cls: type[nn.Module], numbers: Iterator[int], kept: Container[int]
 ) -> Callable[..., None]:
-    """A constructor that leaves a module empty if it is not among those kept."""
+    """A constructor that leaves a module empty if it is not among those kept.
+
+    Those that come after the stack's are built.
+    """
     original: Callable[..., None] = cls.__init__
 
     def build(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if type(module) is not cls or next(numbers, -1) in kept:
+        number = next(numbers, None) if type(module) is cls else None
+        if number is None or number in kept:
             original(module, *args, **kwargs)
         else:
             nn.Module.__init__(module)

@@ -104,3 +104,18 @@ def test_whole_modules_are_those_of_the_whole_model() -> None:
 
     assert few.keys() == whole.keys()
     assert few["model.layers.7.mlp"] is few["model.layers.1.mlp"]
+
+
+def test_layers_beside_the_stack_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LlamaModel.__init__
+
+    def build_more(model: LlamaModel, config: object) -> None:
+        original(model, config)
+        model.more = LlamaDecoderLayer(config, 0)
+
+    inspected = architecture("llama")
+    monkeypatch.setattr(LlamaModel, "__init__", build_more)
+    model = build(inspected, Recipe(), KEPT)
+
+    assert len(list(model.get_submodule("model.more").children())) == 4
+    assert len(model.get_submodule("model.layers")) == len(KEPT.numbers)
