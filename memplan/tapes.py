@@ -113,6 +113,21 @@ def file_of(architecture: Architecture) -> TapeFile:
 
 def name_of(architecture: Architecture) -> str:
     """The name of a model's tapes: models of one configuration share them."""
+    known = _NAMES.get(id(architecture))
+    if known is None or known[0] is not architecture:
+        if len(_NAMES) >= _MOST_NAMES:
+            _NAMES.clear()
+        known = _NAMES[id(architecture)] = (architecture, _digest(architecture))
+    return known[1]
+
+
+_NAMES: dict[int, tuple[Architecture, str]] = {}
+"""Names by the identity of an architecture, which is held so that it stays its own."""
+
+_MOST_NAMES = 512
+
+
+def _digest(architecture: Architecture) -> str:
     told = json.dumps(dict(architecture.config), sort_keys=True, default=str)
     digest = hashlib.sha256(told.encode()).hexdigest()[:16]
     return f"{architecture.model_type}-{digest}"

@@ -119,7 +119,8 @@ def _run(
     recipe = _recipe(regime, length)
     log = EventLog()
     calls: list[kernels.Shapes] = []
-    tracer = TapeTracer(find_gpu(CARD), log, padded=regime.padded)
+    gpu = find_gpu(regime.card or CARD)
+    tracer = TapeTracer(gpu, log, padded=regime.padded)
     tracer.vocab_size = architecture.vocab_size
     with no_warnings(), no_initialization():
         model = _short_model(architecture, recipe, regime, stack, kept)

@@ -53,8 +53,10 @@ def _hides_length(size: Polynomial) -> bool:
 
 def _in_rounded_length(first: int, second: int) -> Polynomial:
     power = round(math.log(first / second, LENGTHS[0] / LENGTHS[1]))
-    word, rest = ("", first) if first % BATCH else ("B", first // BATCH)
-    return {word + "T" * power: rest / ROUNDED_LENGTH**power}
+    if first % BATCH:
+        # Scratch by blocks of tokens.
+        return {"BT" * power: first / (BATCH * LENGTHS[0]) ** power}
+    return {"B" + "T" * power: first // BATCH / ROUNDED_LENGTH**power}
 
 
 class Dimensions:
