@@ -300,9 +300,10 @@ class _Stepper:
             )
         if full:
             scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
-            again = embedding if self._is_tied or self._accumulates else 0
+            # The head's part is a transposed view, so that the sum is a third tensor.
+            again = 2 * self._is_tied + self._accumulates
             yield Candidate(
-                activations=rest + self._stuck + scratch + again,
+                activations=rest + self._stuck + scratch + again * embedding,
                 gradients=parts.gradients,
             )
 
