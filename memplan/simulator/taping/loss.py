@@ -18,6 +18,7 @@ from memplan.simulator.taping.holes import TapeTracer
 from memplan.simulator.taping.model import CARD
 from memplan.tape import LossRegime, LossTape
 from memplan.training import model as training_model
+from memplan.training.few_layers import KeptLayers, build_few
 from memplan.training.loss import read_loss, run_forward
 from memplan.training.step import autocast
 
@@ -42,7 +43,11 @@ def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
 
 
 def _build(architecture: Architecture, regime: LossRegime) -> nn.Module:
-    model = training_model.build(architecture, _recipe(regime, TOKENS[0]))
+    recipe = _recipe(regime, TOKENS[0])
+    first = KeptLayers(stack=architecture.main_stack, numbers=(0,), left_out={})
+    model = build_few(
+        lambda: training_model.build(architecture, recipe), architecture, first
+    )
     return model.requires_grad_(regime.trained).train()
 
 
