@@ -206,8 +206,12 @@ def save(model: nn.Module, folder: str) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """The model below the adapters, with these merged into its weights.
 
-    Raises InputError for adapters that PEFT cannot merge.
+    Raises InputError for adapters that PEFT cannot merge, and for weights that it does
+    not read whole.
     """
+    if any(getattr(module, "merges", True) is False for module in model.modules()):
+        problem = "cannot be done: PEFT reads the base's codes without their shifts"
+        raise InputError("--merge", CARD, problem, "leave it out")
     try:
         merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError) as error:
