@@ -85,10 +85,7 @@ def test_what_is_trained_of_larger_llamas(name: str, lora: int, qa_lora: int) ->
     assert count(architecture, method="qa-lora", rank=64) == qa_lora
 
 
-PATTERNED = [
-    name
-    for name in ("lora", "dora", "rslora", "lora-plus", "lora-fa", "relora", "ir-qlora")
-]
+PATTERNED = ("lora", "dora", "rslora", "lora-plus", "lora-fa", "relora", "ir-qlora")
 
 
 @pytest.mark.parametrize("name", [*PATTERNED, "qa-lora", "q-bara", "houlsby"])

@@ -95,6 +95,8 @@ class Method(ABC):
     """The method's own options."""
     carries_quantized: ClassVar[bool]
     """Whether the frozen weights below it may be quantised."""
+    by_lora: ClassVar[bool] = False
+    """Whether PEFT installs it as LoRA or a variant of it."""
     defaults: ClassVar[Mapping[str, Any]] = NO_OPTIONS
     """What options are where they are not given."""
     patterned_option: ClassVar[str | None] = None

@@ -27,6 +27,9 @@ class Nf4Icq(FourBits):
     summary: ClassVar[str] = "NF4 of shifted blocks (IR-QLoRA's calibration)"
     quant_type: ClassVar[str] = "nf4"
     double: ClassVar[bool] = True
+    merge_problem: ClassVar[str | None] = (
+        "cannot be done: PEFT reads the base's codes without their shifts"
+    )
 
     def stored_bytes(self, num_weights: int, out_features: int) -> tuple[int, ...]:
         blocks = math.ceil(num_weights / BLOCK_SIZE)

@@ -209,9 +209,9 @@ def merge(model: nn.Module) -> nn.Module:
     Raises InputError for adapters that PEFT cannot merge, and for weights that it does
     not read whole.
     """
-    if any(getattr(module, "merges", True) is False for module in model.modules()):
-        problem = "cannot be done: PEFT reads the base's codes without their shifts"
-        raise InputError("--merge", CARD, problem, "leave it out")
+    problems = {getattr(module, "merge_problem", None) for module in model.modules()}
+    for problem in problems - {None}:
+        raise InputError("--merge", CARD, str(problem), "leave it out")
     try:
         merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError) as error:

@@ -294,12 +294,13 @@ def test_an_unknown_key_of_a_tuner_is_refused() -> None:
         adapted("llama", **keys)
 
 
-class TestAdaqLora:
-    KEYS = {"dtype": "float32", "rank": 8}
-    PRUNED = {"prune_physically": True, "total_step": 4, "target_rank": 2}
+ADAQ_KEYS = {"dtype": "float32", "rank": 8}
+PRUNED = {"prune_physically": True, "total_step": 4, "target_rank": 2}
 
+
+class TestAdaqLora:
     def test_the_regulariser_is_squared_and_summed(self) -> None:
-        keys = keys_of("adaq-lora", method_options={"gamma": 0.5}, **self.KEYS)
+        keys = keys_of("adaq-lora", method_options={"gamma": 0.5}, **ADAQ_KEYS)
         recipe, model = tiny_recipe(**keys), adapted("llama", **keys)
         terms = []
         for name, parameter in model.named_parameters():
@@ -317,7 +318,7 @@ class TestAdaqLora:
         assert regularised - plain == pytest.approx(0.5 * sum(terms), rel=1e-4)
 
     def test_pruned_triplets_leave_parameters_gradients_and_moments(self) -> None:
-        keys = keys_of("adaq-lora", method_options=self.PRUNED, **self.KEYS)
+        keys = keys_of("adaq-lora", method_options=PRUNED, **ADAQ_KEYS)
         model = adapted("llama", **keys)
         loop = loop_of("llama", model, **keys)
         whole = sum(p.numel() for p in trained_parameters(model))
@@ -341,10 +342,10 @@ class TestAdaqLora:
         """Masking alone and taking out give the same outputs."""
         masked = keys_of(
             "adaq-lora",
-            method_options=self.PRUNED | {"prune_physically": False},
-            **self.KEYS,
+            method_options=PRUNED | {"prune_physically": False},
+            **ADAQ_KEYS,
         )
-        pruned = keys_of("adaq-lora", method_options=self.PRUNED, **self.KEYS)
+        pruned = keys_of("adaq-lora", method_options=PRUNED, **ADAQ_KEYS)
 
         outputs = [
             logits_of("llama", one_step(keys), tiny_recipe(**keys))
@@ -354,7 +355,7 @@ class TestAdaqLora:
         assert torch.allclose(*outputs, atol=1e-6)
 
     def test_pruned_adapters_are_saved_and_loaded(self, tmp_path: Path) -> None:
-        keys = keys_of("adaq-lora", method_options=self.PRUNED, **self.KEYS)
+        keys = keys_of("adaq-lora", method_options=PRUNED, **ADAQ_KEYS)
         recipe, model = tiny_recipe(**keys), train("llama", keys)
         model.save_pretrained(str(tmp_path))  # type: ignore[operator]
 

@@ -80,9 +80,11 @@ LISTS = ("aten::_foreach_sqrt",)
 """One output a tensor, all before the first kernel (cuda/ForeachUnaryOp.cu)."""
 
 ELEMENTWISE = (
+    "aten::__rshift__.Scalar",
     "aten::_to_copy",
     "aten::abs",
     "aten::add.Tensor",
+    "aten::bitwise_and.Scalar",
     "aten::bitwise_and.Tensor",
     "aten::bitwise_not",
     "aten::bitwise_or.Tensor",
