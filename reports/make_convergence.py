@@ -32,9 +32,9 @@ REPORT = Path(__file__).with_name("convergence.md")
 CPU = torch.device("cpu")
 BYTES = 256
 BATCH, LENGTH = 8, 64
-PRETRAINING_STEPS, STEPS = 800, 100
+PRETRAINING_STEPS, STEPS = 600, 60
 SEEDS = (0, 1, 2)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 HELD_OUT = 16_384
 """Bytes at the end of a text that are evaluated on."""
 

@@ -9,12 +9,14 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
+from storage_meter import StorageMeter
 from test_training_methods import keys_of, logits_of, train
 from test_training_step import loss_of
 from tiny_models import adapted, built, loop_of, tiny_recipe
 from torch import nn
 
-from memplan import methods, quantizations
+from memplan import checks, methods, optimizers, quantizations
 from memplan.errors import InputError
 from memplan.methods._grouped import pool
 from memplan.quantizations import _shifted
@@ -207,6 +209,51 @@ class TestLoraFa:
             InputError, match=r"lora-fa' trains 512 numbers .* means 256"
         ):
             training_model._check_trained(model, recipe)
+
+
+FA_KEYS = keys_of("lora-fa", optimizer="lora-fa")
+
+
+class TestLoraFaOptimizer:
+    def test_it_is_peft_s_and_learns(self) -> None:
+        recipe, model = tiny_recipe(**FA_KEYS), adapted("llama", **FA_KEYS)
+        before = loss_of("llama", model, recipe)
+
+        optimizer = loop_of("llama", model, **FA_KEYS).optimizer
+
+        assert type(optimizer) is LoraFAOptimizer
+        trained = train("llama", FA_KEYS)
+        assert loss_of("llama", trained, recipe) < before - 0.1
+
+    def test_meta_steps_hold_what_real_ones_do(self) -> None:
+        """State of B alone, and the temporaries of one B at a time."""
+        part = optimizers.find("lora-fa")
+        real, meta = StorageMeter(), StorageMeter()
+        b = nn.Parameter(torch.empty(640, 4, device="meta"))
+        b.grad = torch.empty_like(b)
+        layer = nn.ModuleDict({"lora_A": nn.Linear(64, 4), "lora_B": nn.Linear(4, 640)})
+        group = {
+            "params": [layer["lora_A"].weight, layer["lora_B"].weight],
+            "names": ["x.lora_A.weight", "x.lora_B.weight"],
+            "scaling_factors": [2.0, 2.0],
+        }
+        group["params"][1].grad = torch.randn(640, 4)
+        ours, theirs = part.build([b]), LoraFAOptimizer([group])
+
+        with meta:
+            ours.step()
+        with real:
+            theirs.step()
+
+        # PEFT holds the inverse of a matrix of rank x rank beside it.
+        assert meta.live_bytes == real.live_bytes == 2 * 4 * 640 * 4
+        assert meta.peak_bytes == pytest.approx(real.peak_bytes, rel=0.03)
+
+    def test_other_methods_are_refused(self) -> None:
+        recipe = tiny_recipe(method="lora", optimizer="lora-fa")
+
+        with pytest.raises(InputError, match="optimizer: 'lora-fa' is of method"):
+            checks.check(tiny_architecture(), recipe)
 
 
 class TestPeftTraps:
