@@ -225,8 +225,8 @@ def _optimizing() -> str:
             "full fine-tune",
             "112 GB",
             _full_range(llama),
-            "4 x 28: weights, gradients and two moments in fp32, no activations (torch's "
-            "default AdamW holds a fifth copy for a moment); "
+            "4 x 28: weights, gradients and two moments in fp32, no activations "
+            "(torch's default AdamW holds a fifth copy for a moment); "
             '"16-bit" would be 84 by the same paper\'s 780 GB for 65B',
         ),
         (
