@@ -12,7 +12,12 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from memplan.quantizations import features_of
-from memplan.quantizations._four_bits import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBits
+from memplan.quantizations._four_bits import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    FourBits,
+    give,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +57,7 @@ class Nf4Icq(FourBits):
             device="meta",
         )
         weight = self._weight(out_features, in_features, linear.weight.dtype)
-        module.weight, module.quant_state = weight, weight.quant_state
+        give(module, weight)
         if linear.bias is not None:
             module.bias = linear.bias
         return module
