@@ -112,7 +112,8 @@ def test_the_loss_falls_and_gradients_reach_everything(
 def test_saved_adapters_load_with_equal_outputs(
     name: str, quantization: str, family: str, tmp_path: Path
 ) -> None:
-    keys = keys_of(name, quantization=quantization, dtype="float32")
+    single = {"dtype": "float32", "compute_dtype": "float32"}
+    keys = keys_of(name, quantization=quantization, **single)
     recipe, model = tiny_recipe(**keys), train(family, keys, 0.1)
     trained = logits_of(family, model, recipe)
     model.save_pretrained(str(tmp_path))  # type: ignore[operator]
