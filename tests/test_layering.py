@@ -35,6 +35,7 @@ RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 HEAVY = {
     "accelerate",
     "bitsandbytes",
+    "hqq",
     "huggingface_hub",
     "matplotlib",
     "numpy",

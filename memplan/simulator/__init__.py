@@ -14,7 +14,7 @@ from unittest import mock
 
 from torch import nn
 
-from memplan import checks, optimizers
+from memplan import checks, optimizers, quantizations
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint, Moment
@@ -315,7 +315,8 @@ def _adapt(
     model: nn.Module, architecture: Architecture, recipe: Recipe, tracer: Tracer
 ) -> nn.Module:
     training_model.prepare(model, recipe)
-    if recipe.quantization != "none" and recipe.kbit_prepare:
+    casts = quantizations.find(recipe.quantization).kbit_casts
+    if recipe.quantization != "none" and recipe.kbit_prepare and casts:
         # The last line of prepare_model_for_kbit_training (peft >= 0.20).
         tracer.log.empty_cache()
     for parameter in model.parameters():

@@ -73,6 +73,7 @@ def quantize(model: nn.Module, recipe: Recipe) -> None:
     for path, linear in list(_quantizable(model, recipe)):
         quantized = scheme.quantized(linear, recipe)
         quantized.source_cls = type(linear)  # type: ignore[assignment]
+        quantized.merge_problem = scheme.merge_problem  # type: ignore[assignment]
         model.set_submodule(path, quantized)
     setattr(model, scheme.loading_flag, True)
     model.is_quantized = True  # type: ignore[assignment]
@@ -261,10 +262,9 @@ def _wrappable(
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Linear | Conv1D)
-        and "router" not in type(module).__name__.lower()
-    )
+    # What quantisation puts in a linear layer's place need not be one to PyTorch.
+    linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "source_cls")
+    return linear and "router" not in type(module).__name__.lower()
 
 
 def _quantizable(model: Any, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:
