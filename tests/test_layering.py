@@ -18,6 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fields", "hub", "allocator"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("life", "profile", "plan", "simulation", "validation"),
+    ("runs",),
+    ("importers",),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
     ("checks", "inspector"),
     ("catalog", "training"),

@@ -16,6 +16,7 @@ from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.life import MERGE_PLACES, LifeOptions
 from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
+from memplan.runs import FOLDER as RUNS_FOLDER
 from memplan.units import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,6 +26,14 @@ LARGEST_RECIPE_BYTES = 2**20
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+runs_folder_option = click.option(
+    "--runs",
+    "folder",
+    metavar="FOLDER",
+    default=str(RUNS_FOLDER),
+    show_default=True,
+    help="Where measured runs are kept.",
 )
 trust_option = click.option(
     "--trust-remote-code",

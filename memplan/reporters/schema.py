@@ -1,9 +1,10 @@
-"""The printed object as JSON schema (draft 2020-12)."""
+"""The printed object, and the record of a run, as JSON schema (draft 2020-12)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from memplan import profile
 from memplan.footprint import CATEGORIES
 from memplan.reporters.json import SCHEMA
 
@@ -16,12 +17,14 @@ KINDS = (
     "measurement",
     "models",
     "plan",
+    "runs",
     "simulation",
 )
 
 _TEXT = {"type": "string"}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
+_MAYBE_TEXT = {"type": ["string", "null"]}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
 
 _FOOTPRINT_KEYS = (
@@ -41,6 +44,7 @@ _KEYS = {
     "estimate": _FOOTPRINT_KEYS,
     "gpus": ("gpus",),
     "models": ("models",),
+    "runs": ("runs",),
     "simulation": _FOOTPRINT_KEYS,
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
@@ -75,6 +79,7 @@ def output_schema() -> dict[str, Any]:
             "architecture": _architecture_schema(),
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
+            "runs": _list_of(id=_TEXT, card=_TEXT, outcome=_TEXT),
             "notes": {"type": "array", "items": _TEXT},
             "versions": {"type": "object", "additionalProperties": _TEXT},
         },
@@ -86,6 +91,56 @@ def output_schema() -> dict[str, Any]:
             }
             for kind, keys in _KEYS.items()
         ],
+    }
+
+
+def profile_schema() -> dict[str, Any]:
+    """The file of a measured run; a reading of 0 bytes was not taken."""
+    moment = _object(
+        label=_TEXT,
+        allocated_bytes=_COUNT,
+        reserved_bytes=_COUNT,
+        end_allocated_bytes=_COUNT,
+    )
+    footprint = _object(
+        moments={"type": "array", "items": moment, "minItems": 1},
+        context_bytes=_MAYBE_INTEGER,
+        paged_bytes=_COUNT,
+        failed_moment=_MAYBE_TEXT,
+        missing_bytes=_COUNT,
+    )
+    counts = {"type": "object", "additionalProperties": {"type": "integer"}}
+    numbers = {"type": "array", "items": {"type": "number"}}
+    properties = {
+        "schema": {"const": profile.SCHEMA},
+        "kind": {"const": profile.KIND},
+        "id": _TEXT,
+        "source": _TEXT,
+        "measured_at": _TEXT,
+        "device": {"enum": list(profile.DEVICES)},
+        "model": _TEXT,
+        "config": {"type": ["object", "null"]},
+        "recipe": {"type": "object"},
+        "gpu": {"type": ["object", "null"]},
+        "outcome": _object(status={"enum": list(profile.OUTCOMES)}, message=_TEXT),
+        "footprint": {"anyOf": [footprint, {"type": "null"}]},
+        "counters": {"type": "object", "additionalProperties": counts},
+        "segments": counts,
+        "driver": counts,
+        "parameters": counts,
+        "step_seconds": numbers,
+        "losses": numbers,
+        "environment": {"type": "object", "additionalProperties": _TEXT},
+        "seed": {"type": "integer"},
+        "weights": {"enum": ["random", "checkpoint"]},
+        "trace": _TEXT,
+        "notes": {"type": "array", "items": _TEXT},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "memplan measured run",
+        **_object(**properties),
+        "additionalProperties": False,
     }
 
 
