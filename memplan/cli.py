@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
+    "profile": "Measure a real short fine-tune, in a process of its own.",
     "runs": "List, show and import measured runs.",
     "schema": "Print the JSON schema of a recipe file or of the output.",
 }

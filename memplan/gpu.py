@@ -5,7 +5,7 @@ Notable:
   driver keeps, and that is less than the number on the box.
 * A name finds a card only when it says which: `v100` is refused, for there are two.
 * Whatever was not read but assumed is a sentence in `Gpu.assumptions`.
-* NVML is imported only for `auto`; its errors become InputError in `_nvml_session`.
+* NVML is imported only for `auto`; its errors become InputError in `nvml_session`.
 """
 
 from __future__ import annotations
@@ -550,7 +550,7 @@ _NVML_PROBLEMS = {
 
 
 @contextmanager
-def _nvml_session() -> Iterator[Any]:
+def nvml_session() -> Iterator[Any]:
     """The module pynvml, initialised; its errors leave as InputError."""
     try:
         nvml = importlib.import_module("pynvml")
@@ -574,8 +574,8 @@ def _nvml_session() -> Iterator[Any]:
 
 
 def _read_device() -> _Reading:
-    with _nvml_session() as nvml:
-        handle, order = _device(nvml)
+    with nvml_session() as nvml:
+        handle, order = visible_device(nvml)
         total_bytes, driver_bytes, used_bytes, memory = _memory(nvml, handle)
         return _Reading(
             name=nvml.nvmlDeviceGetName(handle),
@@ -587,7 +587,7 @@ def _read_device() -> _Reading:
         )
 
 
-def _device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
+def visible_device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
     """The handle of the first device that CUDA may see, and a note where unsure."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     first = visible.split(",")[0].strip()

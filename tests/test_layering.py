@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fields", "hub", "allocator"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("life", "profile", "plan", "simulation", "validation"),
-    ("runs",),
+    ("runs", "grid"),
     ("importers",),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
     ("checks", "inspector"),

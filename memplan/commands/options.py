@@ -190,13 +190,19 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
     """
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
-    given = {name: options.pop(name) for name in field_names()}
-    overrides = {
-        name: parse_option(name, text)
-        for name, text in given.items()
-        if text is not None
-    }
+    overrides = take_given_keys(options)
+    for name in field_names():
+        del options[name]
     return Recipe.from_mapping(keys | overrides), model
+
+
+def take_given_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's keys that are given as options of the command, parsed."""
+    return {
+        name: parse_option(name, options[name])
+        for name in field_names()
+        if options[name] is not None
+    }
 
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:

@@ -117,7 +117,8 @@ def _footprint(
     last = ""
     for row in phases:
         last = _label(row["phase"])
-        moments[last] = _worse(moments.get(last), _moment(last, row))
+        moment = _moment(last, row)
+        moments[last] = moments[last].merged(moment) if last in moments else moment
     if not moments:
         return None
     failed = record["status"] != "ok"
@@ -134,18 +135,6 @@ def _moment(label: str, row: Mapping[str, Any]) -> Moment:
         allocated_bytes=row["allocated_peak"],
         reserved_bytes=row["reserved_peak"],
         end_allocated_bytes=row["allocated"],
-    )
-
-
-def _worse(one: Moment | None, other: Moment) -> Moment:
-    """Both as one moment, as a step's micro-batches and later steps are."""
-    if one is None:
-        return other
-    return Moment(
-        label=one.label,
-        allocated_bytes=max(one.allocated_bytes, other.allocated_bytes),
-        reserved_bytes=max(one.reserved_bytes, other.reserved_bytes),
-        end_allocated_bytes=other.end_allocated_bytes,
     )
 
 

@@ -36,10 +36,20 @@ def summary(run: Profile) -> dict[str, Any]:
     }
 
 
+def report_header() -> None:
+    """Prints the titles over lines that come one after the other."""
+    terminal.say(_line(_COLUMNS), style="bold")
+
+
+def report_row(run: Profile) -> None:
+    """Prints a run's line, below `report_header`."""
+    terminal.say(_line(row_of(run)))
+
+
 def report_runs(runs: Sequence[Profile]) -> None:
     """Prints a line for each run."""
     terminal.table(
-        ("run", "card", "method", "quantization", "tokens", *_PEAKS, "outcome"),
+        _COLUMNS,
         [row_of(run) for run in runs],
         right=("tokens", *_PEAKS),
     )
@@ -93,6 +103,14 @@ def report_import(found: Imported, folder: Path) -> None:
 
 
 _PEAKS = ("allocated", "reserved", "device")
+_COLUMNS = ("run", "card", "method", "quantization", "tokens", *_PEAKS, "outcome")
+_WIDTHS = (52, 24, 12, 12, 10, 10, 10, 10, 13)
+"""Characters of each column, where lines come one by one."""
+
+
+def _line(cells: Sequence[str]) -> str:
+    padded = (cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+    return " ".join(padded).rstrip()
 
 
 def _peaks(footprint: Footprint | None) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
     "estimate": _FOOTPRINT_KEYS,
     "gpus": ("gpus",),
+    "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
     "runs": ("runs",),
     "simulation": _FOOTPRINT_KEYS,
