@@ -206,7 +206,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
         log.begin(label)
         yield
 
-    with _no_warnings(), _no_initialization():
+    with no_warnings(), no_initialization():
         with phase("load"):
             model = training_model.build(architecture, recipe)
             Loader(tracer, recipe).load(model)
@@ -220,7 +220,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             tracer,
         ):
             with phase("adapt"):
-                adapted = _adapt(model, architecture, recipe, tracer)
+                adapted = adapt(model, architecture, recipe, tracer)
             tracer.name_parameters(adapted)
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
@@ -316,9 +316,10 @@ def _replay_notes(found: Replay) -> Iterator[str]:
         )
 
 
-def _adapt(
+def adapt(
     model: nn.Module, architecture: Architecture, recipe: Recipe, tracer: Tracer
 ) -> nn.Module:
+    """The loaded model, prepared and with the recipe's method installed."""
     training_model.prepare(model, recipe)
     if recipe.quantization != "none" and recipe.kbit_prepare:
         # The last line of prepare_model_for_kbit_training (peft >= 0.20).
@@ -348,7 +349,7 @@ def _labelling_gradients(
 
 
 @contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
+def no_warnings() -> Iterator[None]:
     """Keeps what libraries say about training on this machine off the terminal."""
     loggers = [logging.getLogger(name) for name in ("bitsandbytes", "transformers")]
     levels = [logger.level for logger in loggers]
@@ -364,7 +365,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_initialization() -> Iterator[None]:
+def no_initialization() -> Iterator[None]:
     """Leaves the values of new adapters on the host as they are: none is read."""
     names = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_")
     with contextlib.ExitStack() as stack:
