@@ -23,7 +23,10 @@ COMMANDS = {
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
     "profile": "Measure a real short fine-tune, in a process of its own.",
     "runs": "List, show and import measured runs.",
-    "schema": "Print the JSON schema of a recipe file or of the output.",
+    "validate": "Compare predictions with everything that was measured.",
+    "explain": "Show why a measured run differs from its prediction.",
+    "doctor": "Measure this machine's CUDA context and card, once.",
+    "schema": "Print the JSON schema of a recipe file, of the output or of a run.",
 }
 """Each command with its line of help; its module is of the same name."""
 

@@ -21,6 +21,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from memplan import machine
 from memplan.errors import InputError, UnknownNameError
 from memplan.store import profiles_path, read_json
 from memplan.units import BYTES_PER_UNIT, GIB, MIB, format_bytes, is_size, parse_size
@@ -171,6 +172,8 @@ def find_gpu(
         gpu = _from_reading(_read_device(), context_bytes)
     else:
         gpu = _asked_gpu(asked, system, context_bytes)
+    if context_bytes is None and system == _this_system():
+        gpu = _as_measured(gpu, automatic)
     return _keep_back(gpu, reserve_bytes, display, system)
 
 
@@ -197,6 +200,24 @@ def _asked_gpu(asked: str, system: str, context_bytes: int | None) -> Gpu:
     if is_size(asked) and not _is_card_number(asked):
         return _from_size(asked, context_bytes)
     raise UnknownNameError(_FIELD, asked, _known_names(), _REMEDY)
+
+
+def _as_measured(gpu: Gpu, automatic: bool) -> Gpu:
+    """The GPU as `memplan doctor` measured it on this machine, where it did.
+
+    What was assumed of its capacity and context is said no more.
+    """
+    reading = machine.find(gpu.name)
+    if reading is None:
+        return gpu
+    assumed = ("Capacity is ", "The CUDA context is ")
+    kept = (text for text in gpu.assumptions if not text.startswith(assumed))
+    return replace(
+        gpu,
+        capacity_bytes=gpu.capacity_bytes if automatic else reading.capacity_bytes,
+        context_bytes=reading.context_bytes,
+        assumptions=(reading.sentence(), *kept),
+    )
 
 
 def _is_card_number(text: str) -> bool:

@@ -40,7 +40,7 @@ _SHAPE = {
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "max_position_embeddings": 64,
 }
 _GROUPED = _SHAPE | {"num_key_value_heads": 2}
@@ -56,7 +56,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "n_layer": 2,
         "n_head": 4,
         "n_positions": 64,
-        "vocab_size": 1024,
+        "vocab_size": 2048,
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
@@ -156,7 +156,7 @@ CASES: Sequence[tuple[str, Mapping[str, Any]]] = (
 )
 """Every method, quantisation and trainer, over seven architectures."""
 
-SMALL = {"rank": 4, "batch_size": 2, "sequence_length": 64}
+SMALL = {"rank": 4, "batch_size": 2, "sequence_length": 32}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

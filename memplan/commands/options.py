@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import click
 
@@ -259,3 +262,12 @@ def _help(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, str | int | float):
         return f"{text} [{default}]"
     return text
+
+
+def without_compiler() -> AbstractContextManager[Any]:
+    """Keeps torch's compiler from being loaded for kernels that nothing here calls.
+
+    bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
+    where it is told to (torch._dynamo.eval_frame, `_optimize`).
+    """
+    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})

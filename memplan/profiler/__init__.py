@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ def measure(
                 interrupted, ended = True, "interrupted"
             finally:
                 _stop(process)
-        found = _Found.of(read_events(journal))
+        found = Found.of(read_events(journal))
         _settle_outcome(found, process.returncode, ended, output)
-        run = _profile(task, name, found)
+        run = profile_of(task, name, found)
     if interrupted:
         raise Interrupted(run)
     return run
@@ -160,8 +160,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What a journal tells."""
+class Found:
+    """What a journal tells of a run."""
 
     status: str = ""
     message: str = ""
@@ -176,7 +176,8 @@ class _Found:
     finish: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, events: Iterator[Mapping[str, Any]]) -> _Found:
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> Found:
+        """What those events tell, in their order."""
         found = cls()
         for event in events:
             found._take(dict(event))
@@ -210,7 +211,7 @@ class _Found:
 
 
 def _settle_outcome(
-    found: _Found, returncode: int | None, ended: str, output: Path
+    found: Found, returncode: int | None, ended: str, output: Path
 ) -> None:
     """Says how a process ended that could not say so itself; refusals are raised."""
     if found.status == "refused":
@@ -248,7 +249,8 @@ def _last_line(output: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _profile(task: Task, name: str, found: _Found) -> Profile:
+def profile_of(task: Task, name: str, found: Found, source: str = SOURCE) -> Profile:
+    """The record of what a task's journal tells."""
     gpu = _gpu(found)
     context_bytes = found.finish.get("context_bytes")
     failed = found.status not in ("ok", "interrupted", "timed-out")
@@ -262,7 +264,7 @@ def _profile(task: Task, name: str, found: _Found) -> Profile:
         )
     return Profile(
         id=name,
-        source=SOURCE,
+        source=source,
         device=task.device,
         model=task.model,
         config=dict(task.config),
@@ -286,7 +288,7 @@ def _profile(task: Task, name: str, found: _Found) -> Profile:
     )
 
 
-def _notes(task: Task, found: _Found) -> Iterator[str]:
+def _notes(task: Task, found: Found) -> Iterator[str]:
     yield from found.finish.get("notes", ())
     if task.device == "cpu":
         yield (
@@ -300,7 +302,7 @@ def _notes(task: Task, found: _Found) -> Iterator[str]:
         )
 
 
-def _gpu(found: _Found) -> Gpu | None:
+def _gpu(found: Found) -> Gpu | None:
     """The card, its context as measured, else as the catalog plans it."""
     if found.card is None:
         return None

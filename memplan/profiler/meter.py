@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from memplan.profiler.task import WARM_UP_STEPS, Journal
+from memplan.profiler.task import WARM_UP_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +53,20 @@ class Meter(ABC):
     ) -> None: ...
 
 
+class Events(Protocol):
+    """Takes events, as a journal does."""
+
+    def write(self, event: str, **values: Any) -> None:
+        """Adds an event."""
+
+
 class Moments:
     """Tells the meter and the journal which moment of the fine-tune begins.
 
     A moment lasts until the next begins. Steps after the warm-up share the label `2.`.
     """
 
-    def __init__(self, meter: Meter, journal: Journal) -> None:
+    def __init__(self, meter: Meter, journal: Events) -> None:
         self._meter = meter
         self._journal = journal
         self._label = ""

@@ -12,8 +12,10 @@ KINDS = (
     "architecture",
     "comparison",
     "estimate",
+    "explanation",
     "fits",
     "gpus",
+    "machine",
     "measurement",
     "models",
     "plan",
@@ -22,6 +24,7 @@ KINDS = (
 )
 
 _TEXT = {"type": "string"}
+_NUMBER = {"type": "number"}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
 _MAYBE_TEXT = {"type": ["string", "null"]}
@@ -41,8 +44,11 @@ _FOOTPRINT_KEYS = (
 )
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
+    "comparison": ("runs", "groups", "left_out"),
     "estimate": _FOOTPRINT_KEYS,
+    "explanation": ("run", "ways"),
     "gpus": ("gpus",),
+    "machine": ("machine", "file"),
     "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
     "runs": ("runs",),
@@ -81,6 +87,19 @@ def output_schema() -> dict[str, Any]:
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
             "runs": _list_of(id=_TEXT, card=_TEXT, outcome=_TEXT),
+            "residuals": {
+                "type": "object",
+                "additionalProperties": _object(
+                    least=_NUMBER, most=_NUMBER, count=_COUNT
+                ),
+            },
+            "machine": _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES),
+            "groups": _list_of(reading=_TEXT, way=_TEXT, card=_TEXT, count=_COUNT),
+            "ways": _list_of(
+                way=_TEXT,
+                differences=_list_of(what=_TEXT, reading=_TEXT, excess_bytes=_BYTES),
+                explanations=_list_of(what=_TEXT, remaining_bytes=_BYTES),
+            ),
             "notes": {"type": "array", "items": _TEXT},
             "versions": {"type": "object", "additionalProperties": _TEXT},
         },
