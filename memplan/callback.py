@@ -113,6 +113,7 @@ class Watch:
     def start(self) -> None:
         """Begins to read."""
         self._meter.__enter__()
+        self._moments.hold(self._model)
         if self._device == "cuda":
             self.write("card", **card())
         self.write("environment", values=environment(self._device))

@@ -6,6 +6,7 @@ blocks of the allocator instead of tensors, and so what kernels take for themsel
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,9 @@ class ProfilerMeter(Meter):
         with record_function(END):
             pass
         return Reading(allocated_bytes=0, reserved_bytes=0, end_allocated_bytes=0)
+
+    def hold(self, tensors: Iterable[Any]) -> None:
+        """Blocks are seen without being told of."""
 
     def finish(self, optimizer: Any) -> dict[str, Any]:
         return {}

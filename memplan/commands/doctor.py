@@ -104,7 +104,7 @@ def _measure(progress: Any) -> Profile:
         device="cuda",
         steps=STEPS,
     )
-    return profiler.measure(task, "doctor", progress=progress)
+    return profiler.run_task(task, "doctor", progress=progress)
 
 
 def _check_installed() -> None:

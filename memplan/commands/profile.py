@@ -20,7 +20,6 @@ from memplan.commands.options import (
     take_recipe,
 )
 from memplan.errors import InputError, MeasurementError, MissingExtraError
-from memplan.gpu import find_gpu
 from memplan.grid import GridRun, read_grid
 from memplan.model_source import read_config
 from memplan.profile import Profile
@@ -92,7 +91,14 @@ def command(
     _check_installed()
     folder = Path(out)
     runs.prepare(folder)
-    device = _Device.find(settings.device)
+    device = _find_device(settings.device)
+    if settings.trace and device.kind == "cpu":
+        raise InputError(
+            "--trace",
+            device.kind,
+            "has no allocator whose events could be kept",
+            "leave the option out, or measure on a card",
+        )
     if grid_file is not None:
         return _run_grid(read_grid(grid_file, given), settings, device, folder)
     asked = GridRun(
@@ -125,33 +131,8 @@ class _Settings:
     time_limit: float | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Device:
-    """Where to measure, and the card's name as far as NVML tells it."""
-
-    kind: str
-    card: str
-
-    @classmethod
-    def find(cls, asked: str) -> _Device:
-        """The device that is asked for; `auto` is a card where a driver has one."""
-        if asked == "cpu":
-            return cls(kind="cpu", card="cpu")
-        try:
-            return cls(kind="cuda", card=find_gpu("auto").name)
-        except InputError as error:
-            if asked == "cuda":
-                return cls(kind="cuda", card="cuda")
-            click.echo(
-                f"memplan: no card to measure on ({error}); measuring on the CPU, "
-                "which tells the bytes of tensors alone",
-                err=True,
-            )
-            return cls(kind="cpu", card="cpu")
-
-
 def _run_grid(
-    grid: tuple[GridRun, ...], settings: _Settings, device: _Device, folder: Path
+    grid: tuple[GridRun, ...], settings: _Settings, device: Any, folder: Path
 ) -> int:
     """Measures what of a grid is not measured yet; raises at the end what went wrong.
 
@@ -182,7 +163,7 @@ def _run_grid(
 
 
 def _measure(
-    asked: GridRun, settings: _Settings, device: _Device, folder: Path, *, quiet: bool
+    asked: GridRun, settings: _Settings, device: Any, folder: Path, *, quiet: bool
 ) -> Profile:
     """The run, measured and kept; what was finished before Ctrl-C is kept too."""
     from memplan import profiler
@@ -194,7 +175,7 @@ def _measure(
     title = f"Measuring {name}"
     with terminal.progress(title, quiet=quiet) as told:
         try:
-            run = profiler.measure(
+            run = profiler.run_task(
                 task, name, progress=told, time_limit=settings.time_limit
             )
         except profiler.Interrupted as error:
@@ -204,7 +185,7 @@ def _measure(
     return run
 
 
-def _task(asked: GridRun, settings: _Settings, device: _Device) -> tuple[Any, str]:
+def _task(asked: GridRun, settings: _Settings, device: Any) -> tuple[Any, str]:
     """The task and the name of its run."""
     from memplan.profiler import name_of
     from memplan.profiler.task import Task
@@ -222,6 +203,15 @@ def _task(asked: GridRun, settings: _Settings, device: _Device) -> tuple[Any, st
         inference=asked.inference,
     )
     return task, name_of(task, device.card, json.versions())
+
+
+def _find_device(asked: str) -> Any:
+    from memplan.profiler import Device
+
+    device = Device.find(asked)
+    if device.note:
+        click.echo(f"memplan: {device.note}", err=True)
+    return device
 
 
 def _check_installed() -> None:

@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from memplan.architecture import Architecture
 from memplan.errors import InputError, MeasurementError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.profile import Profile, slug
 from memplan.profiler.task import Task, read_events
+from memplan.recipe import Recipe
 
 SOURCE = "memplan profile"
 
@@ -48,7 +50,57 @@ class Interrupted(KeyboardInterrupt):
         self.run = run
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """Where to measure, and the card's name as far as NVML tells it."""
+
+    kind: str
+    """`cuda` or `cpu`."""
+    card: str
+    note: str = ""
+    """Why it is a CPU, where a card was looked for."""
+
+    @classmethod
+    def find(cls, asked: str) -> Device:
+        """The device that is asked for; `auto` is a card where a driver has one."""
+        if asked == "cpu":
+            return cls(kind="cpu", card="cpu")
+        try:
+            return cls(kind="cuda", card=find_gpu("auto").name)
+        except InputError as error:
+            if asked == "cuda":
+                return cls(kind="cuda", card="cuda")
+            note = f"no card to measure on ({error}); measuring on the CPU, "
+            return cls(
+                kind="cpu",
+                card="cpu",
+                note=f"{note}which tells the bytes of tensors alone",
+            )
+
+
 def measure(
+    architecture: Architecture, recipe: Recipe, *, device: str = "auto", steps: int = 3
+) -> Profile:
+    """A real short fine-tune with random weights, in a process of its own.
+
+    `device` is `cuda`, `cpu`, or `auto`: a card where there is one. Running out of
+    memory is an outcome. Raises InputError for what cannot be run as asked, and
+    MeasurementError where the process dies.
+    """
+    found = Device.find(device)
+    task = Task(
+        model=architecture.name,
+        config=architecture.config,
+        recipe=recipe,
+        device=found.kind,
+        steps=steps,
+    )
+    run = run_task(task, name_of(task, found.card, {}))
+    raise_outcome(run)
+    return run
+
+
+def run_task(
     task: Task,
     name: str,
     *,

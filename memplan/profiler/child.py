@@ -89,6 +89,7 @@ def _fine_tune(
         checks.check(architecture, task.recipe, None)
     moments.begin("load")
     model = _load(task, architecture, recipe, device)
+    moments.hold(model)
     vocab_size = architecture.vocab_size
     if task.inference:
         loops.infer(model, task, vocab_size, moments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -48,10 +49,10 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        self._see((args, kwargs))
+        self.see((args, kwargs))
         self._note_peak()
         result = func(*args, **kwargs or {})
-        self._see(result)
+        self.see(result)
         # Autograd's engine adds gradients in place, but not while operators are looked
         # at: then the first addend dies right after (torch/csrc/autograd/
         # input_buffer.cpp, `accumulate`). So what is live is asked a little later.
@@ -67,7 +68,8 @@ class StorageTracker(TorchDispatchMode):
     def _note_peak(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.live_bytes)
 
-    def _see(self, values: Any) -> None:
+    def see(self, values: Any) -> None:
+        """Takes the storages of tensors, in lists, tuples and dicts."""
         for value in tree_leaves(values):
             if not isinstance(value, torch.Tensor):
                 continue
@@ -107,6 +109,9 @@ class CpuMeter(Meter):
                 "resident_end_bytes": _resident_bytes(),
             },
         )
+
+    def hold(self, tensors: Iterable[Any]) -> None:
+        self._tracker.see(list(tensors))
 
     def finish(self, optimizer: Any) -> dict[str, Any]:
         return {}

@@ -56,6 +56,9 @@ class CudaMeter(Meter):
             counters={name: stats.get(key, 0) for name, key in COUNTERS.items()},
         )
 
+    def hold(self, tensors: Iterable[Any]) -> None:
+        """The allocator knows of all that it handed out."""
+
     def finish(self, optimizer: Any) -> dict[str, Any]:
         """Segments, the driver's view, paged bytes and the context between them."""
         torch.cuda.synchronize()

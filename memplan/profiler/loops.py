@@ -11,6 +11,7 @@ the recipe's optimizer, in one group of parameters.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -59,8 +60,6 @@ def build_recipe(recipe: Recipe) -> Recipe:
     """The recipe by which the model is built: SFTTrainer puts its head on itself."""
     if recipe.trainer != "trl":
         return recipe
-    import dataclasses
-
     return dataclasses.replace(recipe, loss="full")
 
 
@@ -68,7 +67,7 @@ def train(model: nn.Module, task: Task, vocab_size: int, moments: Moments) -> An
     """Runs the steps of a task on an adapted model; the optimizer, with its state."""
     with _pinned(task.recipe.attention):
         if task.recipe.trainer == "plain":
-            return _train_plain(model, task, vocab_size, moments)
+            return _PlainLoop(model, task, vocab_size, moments).run()
         return _train_by_trainer(model, task, vocab_size, moments)
 
 
@@ -83,54 +82,72 @@ def infer(model: nn.Module, task: Task, vocab_size: int, moments: Moments) -> No
     moments.end()
 
 
-def _train_plain(
-    model: nn.Module, task: Task, vocab_size: int, moments: Moments
-) -> Any:
-    from accelerate import Accelerator
+class _PlainLoop:
+    """A loop that accelerate prepares, as its users write it."""
 
-    recipe, device = task.recipe, _device_of(model)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    parameters = trained_parameters(model)
-    built = optimizers.find(recipe.optimizer).build(parameters)
-    # The model is where it belongs, and an optimizer without state need not move.
-    prepared, optimizer = accelerator.prepare(
-        model, built, device_placement=[False, False]
-    )
-    given = batches(task, vocab_size, device)
-    outputs: Any = None
-    stop = _Clock(task)
-    for step in range(1, task.steps + 1):
-        moments.begin_step()
-        total = 0.0
-        for _ in range(recipe.accumulation):
-            if recipe.keep_outputs == "backward":
-                outputs = None
-            moments.begin_phase(step, "forward")
-            batch = next(given)
-            with autocast(recipe, device):
-                made = run_forward(prepared, batch, recipe)
-            made, loss = read_loss(made, recipe)
-            if recipe.accumulation > 1:
-                loss = loss / recipe.accumulation
-            outputs = None if recipe.keep_outputs == "none" else made
-            del made
-            moments.begin_phase(step, "backward")
-            accelerator.backward(loss)
-            total += loss.item()
-            del loss, batch
-        if recipe.max_grad_norm is not None:
-            moments.begin_phase(step, "clip")
-            accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        moments.begin_phase(step, "optimizer")
-        optimizer.step()
-        optimizer.zero_grad()
+    def __init__(
+        self, model: nn.Module, task: Task, vocab_size: int, moments: Moments
+    ) -> None:
+        from accelerate import Accelerator
+
+        self._task = task
+        self._recipe = task.recipe
+        self._moments = moments
+        self._device = _device_of(model)
+        self._accelerator = Accelerator(cpu=self._device.type == "cpu")
+        self._parameters = trained_parameters(model)
+        self._built = optimizers.find(self._recipe.optimizer).build(self._parameters)
+        # The model is where it belongs, and an optimizer without state need not move.
+        self._model, self._optimizer = self._accelerator.prepare(
+            model, self._built, device_placement=[False, False]
+        )
+        self._batches = batches(task, vocab_size, self._device)
+        self._outputs: Any = None
+        """The model's output, for as long as the recipe keeps it."""
+
+    def run(self) -> Any:
+        """Runs the task's steps; the optimizer, with its state."""
+        is_over = _Clock(self._task)
+        for step in range(1, self._task.steps + 1):
+            self._moments.begin_step()
+            losses = [
+                self._run_micro_batch(step) for _ in range(self._recipe.accumulation)
+            ]
+            self._update(step)
+            self._moments.end_step(step, sum(losses))
+            if is_over(step):
+                break
+        self._outputs = None
+        return self._built
+
+    def _run_micro_batch(self, step: int) -> float:
+        recipe = self._recipe
         if recipe.keep_outputs == "backward":
-            outputs = None
-        moments.end_step(step, total)
-        if stop(step):
-            break
-    del outputs
-    return built
+            self._outputs = None
+        self._moments.begin_phase(step, "forward")
+        batch = next(self._batches)
+        with autocast(recipe, self._device):
+            outputs = run_forward(self._model, batch, recipe)
+        outputs, loss = read_loss(outputs, recipe)
+        if recipe.accumulation > 1:
+            loss = loss / recipe.accumulation
+        self._outputs = None if recipe.keep_outputs == "none" else outputs
+        del outputs
+        self._moments.begin_phase(step, "backward")
+        self._accelerator.backward(loss)
+        return loss.item()
+
+    def _update(self, step: int) -> None:
+        if self._recipe.max_grad_norm is not None:
+            self._moments.begin_phase(step, "clip")
+            self._accelerator.clip_grad_norm_(
+                self._parameters, self._recipe.max_grad_norm
+            )
+        self._moments.begin_phase(step, "optimizer")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._recipe.keep_outputs == "backward":
+            self._outputs = None
 
 
 def _train_by_trainer(
@@ -200,10 +217,7 @@ def _arguments(task: Task) -> dict[str, Any]:
 
 def _watch(made: Any, task: Task, moments: Moments) -> None:
     """Has a trainer announce its phases, by what it calls at their beginnings."""
-    import transformers
-
     step = _Step()
-    stop = _Clock(task)
 
     def announced(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -213,7 +227,27 @@ def _watch(made: Any, task: Task, moments: Moments) -> None:
 
         return call
 
-    class Watch(transformers.TrainerCallback):
+    accelerator = made.accelerator
+    backward = announced(accelerator.backward, "backward")
+
+    def noted_backward(loss: torch.Tensor, **kwargs: Any) -> None:
+        backward(loss, **kwargs)
+        step.loss += loss.item()
+
+    made.compute_loss = announced(made.compute_loss, "forward")
+    accelerator.backward = noted_backward
+    accelerator.clip_grad_norm_ = announced(accelerator.clip_grad_norm_, "clip")
+    made.optimizer.register_step_pre_hook(
+        lambda *_: moments.begin_phase(step.number, "optimizer")
+    )
+    made.add_callback(_step_callback(step, moments, _Clock(task)))
+
+
+def _step_callback(step: _Step, moments: Moments, is_over: _Clock) -> Any:
+    """What counts a trainer's steps, and ends the training when time is up."""
+    import transformers
+
+    class Steps(transformers.TrainerCallback):
         """Counts the steps."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -223,23 +257,9 @@ def _watch(made: Any, task: Task, moments: Moments) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             moments.end_step(step.number, step.loss)
-            control.should_training_stop |= stop(step.number)
+            control.should_training_stop |= is_over(step.number)
 
-    backward = announced(made.accelerator.backward, "backward")
-
-    def noted_backward(loss: torch.Tensor, **kwargs: Any) -> None:
-        backward(loss, **kwargs)
-        step.loss += loss.item()
-
-    made.compute_loss = announced(made.compute_loss, "forward")
-    made.accelerator.backward = noted_backward
-    made.accelerator.clip_grad_norm_ = announced(
-        made.accelerator.clip_grad_norm_, "clip"
-    )
-    made.optimizer.register_step_pre_hook(
-        lambda *_: moments.begin_phase(step.number, "optimizer")
-    )
-    made.add_callback(Watch())
+    return Steps()
 
 
 class _Step:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
+
+from torch import nn
 
 from memplan.profiler.task import WARM_UP_STEPS
 
@@ -36,6 +38,10 @@ class Meter(ABC):
     @abstractmethod
     def read(self) -> Reading:
         """The moment so far."""
+
+    @abstractmethod
+    def hold(self, tensors: Iterable[Any]) -> None:
+        """Says that tensors are held which no operator may have touched yet."""
 
     @abstractmethod
     def finish(self, optimizer: Any) -> dict[str, Any]:
@@ -80,6 +86,10 @@ class Moments:
         self._journal.write("begin", label=label)
         self._meter.reset()
         self._started = time.perf_counter()
+
+    def hold(self, model: nn.Module) -> None:
+        """Says that a model's tensors are held, as one that was loaded is."""
+        self._meter.hold((*model.parameters(), *model.buffers()))
 
     def begin_phase(self, step: int, phase: str) -> None:
         """Starts a phase of a step, which counts from 1."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from small import LLAMA, events_of, labels, task
 
 from memplan.errors import InputError
@@ -62,6 +63,41 @@ def test_inference_runs_forward_without_adapters(
     assert labels(events) == ["load", "inference"]
     (parameters,) = (e for e in events if e["event"] == "parameters")
     assert parameters["trainable"] == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = transformers.LlamaConfig(**LLAMA)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4-double", "int8"])
+def test_a_checkpoint_s_weights_are_loaded_and_take_what_random_ones_do(
+    quantization: str, checkpoint: str, tmp_path: Path
+) -> None:
+    recipe = {"quantization": quantization}
+    ends = {}
+    for weights in ("random", "checkpoint"):
+        (tmp_path / weights).mkdir()
+        asked = task(recipe, weights=weights, model=checkpoint)
+        for event in events_of(asked, tmp_path / weights):
+            if event["event"] == "moment":
+                ends[weights, event["label"]] = event["end_allocated_bytes"]
+
+    for label in ("load", "adapt", "1.optimizer", "2.optimizer"):
+        assert ends["checkpoint", label] == pytest.approx(
+            ends["random", label], rel=0.01
+        )
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    asked = task(weights="checkpoint", model=str(tmp_path / "none"))
+
+    with pytest.raises(InputError, match="cannot be loaded"):
+        events_of(asked, tmp_path)
 
 
 @pytest.mark.parametrize(

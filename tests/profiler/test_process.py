@@ -18,6 +18,7 @@ from small import LLAMA, task
 
 from memplan import profiler, runs
 from memplan.errors import InputError, MeasurementError
+from memplan.recipe import Recipe
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MEMPLAN_CACHE": "off"}
 
@@ -60,7 +61,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_moments_of_a_label_are_one_and_keep_their_worst(child: Any) -> None:
     worse = MOMENT | {"allocated_bytes": 8, "reserved_bytes": 8, "counters": {}}
     child([MOMENT, worse, {"event": "step", "seconds": 0.5, "loss": 2.0}, OK])
-    run = profiler.measure(task(), "one")
+    run = profiler.run_task(task(), "one")
 
     assert run.footprint is not None
     (moment,) = run.footprint.moments
@@ -68,9 +69,26 @@ def test_moments_of_a_label_are_one_and_keep_their_worst(child: Any) -> None:
     assert (run.outcome, run.step_seconds, run.losses) == ("ok", (0.5,), (2.0,))
 
 
+def test_measuring_is_a_verb_of_an_architecture_and_a_recipe(child: Any) -> None:
+    from memplan.catalog import inspect
+
+    child([MOMENT, OK])
+    run = profiler.measure(
+        inspect("openai-community/gpt2"), Recipe(rank=3), device="cpu"
+    )
+    child([MOMENT], "os.kill(os.getpid(), signal.SIGKILL)")
+
+    assert (run.model, run.recipe.rank, run.device) == (
+        *("openai-community/gpt2", 3),
+        "cpu",
+    )
+    with pytest.raises(MeasurementError, match="SIGKILL"):
+        profiler.measure(inspect("openai-community/gpt2"), Recipe(), device="cpu")
+
+
 def test_a_killed_process_is_said_to_be_and_its_moments_are_kept(child: Any) -> None:
     child([MOMENT, BEGIN], "os.kill(os.getpid(), signal.SIGKILL)")
-    run = profiler.measure(task(), "one")
+    run = profiler.run_task(task(), "one")
 
     assert run.outcome == "killed"
     assert "SIGKILL in 1.backward" in run.message
@@ -83,7 +101,7 @@ def test_a_killed_process_is_said_to_be_and_its_moments_are_kept(child: Any) -> 
 
 def test_a_process_that_fails_before_it_can_say_so_is_quoted(child: Any) -> None:
     child([], "print('no such module'); sys.exit(7)")
-    run = profiler.measure(task(), "one")
+    run = profiler.run_task(task(), "one")
 
     assert (run.outcome, run.footprint) == ("failed", None)
     assert run.message == "exit code 7: no such module"
@@ -92,7 +110,7 @@ def test_a_process_that_fails_before_it_can_say_so_is_quoted(child: Any) -> None
 def test_out_of_memory_is_an_outcome(child: Any) -> None:
     words = "CUDA out of memory. Tried to allocate 2.00 GiB."
     child([MOMENT, BEGIN, OK | {"status": "out-of-memory", "message": words}])
-    run = profiler.measure(task(), "one")
+    run = profiler.run_task(task(), "one")
 
     assert (run.outcome, run.message) == ("out-of-memory", words)
     profiler.raise_outcome(run)
@@ -102,7 +120,7 @@ def test_a_refusal_is_raised_in_the_child_s_words(child: Any) -> None:
     child([OK | {"status": "refused", "message": "rank: 0 is small; give more"}])
 
     with pytest.raises(InputError, match=r"^rank: 0 is small; give more$"):
-        profiler.measure(task(), "one")
+        profiler.run_task(task(), "one")
 
 
 def test_a_run_that_takes_too_long_is_stopped(
@@ -110,7 +128,7 @@ def test_a_run_that_takes_too_long_is_stopped(
 ) -> None:
     monkeypatch.setattr(profiler, "GRACE_SECONDS", 0.0)
     child([MOMENT, BEGIN], "time.sleep(60)")
-    run = profiler.measure(task(), "one", time_limit=0.5)
+    run = profiler.run_task(task(), "one", time_limit=0.5)
 
     assert (run.outcome, run.message) == ("timed-out", "stopped in 1.backward")
 
@@ -123,7 +141,7 @@ def test_ctrl_c_gives_what_was_finished(child: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(profiler.Interrupted) as caught:
-        profiler.measure(task(), "one", progress=press)
+        profiler.run_task(task(), "one", progress=press)
 
     assert caught.value.run.outcome == "interrupted"
     assert caught.value.run.footprint is not None
@@ -201,6 +219,13 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(
 
     assert (ran.code, ran.out) == (2, "")
     assert "--out" in ran.err
+
+
+def test_a_cpu_has_no_trace(model: str, tmp_path: Path) -> None:
+    ran = run_command("profile", model, *OPTIONS, "--trace", "--out", str(tmp_path))
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "--trace" in ran.err
 
 
 def write_grid(folder: Path, model: str, ranks: list[int]) -> str:
