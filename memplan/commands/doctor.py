@@ -39,7 +39,7 @@ STEPS = 3
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
-    """Measure this machine's CUDA context and card once, for every later prediction.
+    """Measure this machine's CUDA context and card, once.
 
     A small model takes a few real steps, and the figures are kept in the user's folder.
     """

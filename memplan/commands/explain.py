@@ -22,7 +22,9 @@ from memplan.reporters import json, terminal
 @runs_folder_option
 @json_option
 def command(name: str, folder: str, as_json: bool) -> None:
-    """Show measured minus predicted, term by term, and what would explain it.
+    """Show why a measured run differs from its prediction.
+
+    Measured minus predicted, term by term, and what would explain it.
 
     RUN is a run's file, or the name of one: see `memplan runs`.
     """

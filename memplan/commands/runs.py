@@ -27,7 +27,7 @@ from memplan.reporters import runs as reporter
 def command(
     context: click.Context, /, folder: str, as_json: bool, **filters: Any
 ) -> int:
-    """List measured runs; `show ID` one, `import FILE` others."""
+    """List measured runs, show one, or import others'."""
     context.obj = Path(folder)
     if context.invoked_subcommand is not None:
         return 0

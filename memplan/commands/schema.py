@@ -13,7 +13,7 @@ from memplan.reporters.schema import output_schema, profile_schema
 @click.command()
 @click.argument("which", type=click.Choice(["recipe", "output", "profile"]))
 def command(which: str) -> None:
-    """Print the JSON schema of a recipe file, of the output, or of a measured run."""
+    """Print the JSON schema of a recipe, the output or a run."""
     schemas = {
         "recipe": recipe_schema,
         "output": output_schema,

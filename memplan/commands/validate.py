@@ -37,7 +37,10 @@ def command(
     residuals: str | None,
     as_json: bool,
 ) -> None:
-    """Compare predictions with everything that was measured, the worst first."""
+    """Compare predictions with everything that was measured.
+
+    Runs are listed with the worst first; groups of them are never pooled.
+    """
     found = _runs(places)
     comparisons, left_out = _compare(found, quiet=as_json)
     groups = accuracy.groups_of(comparisons)
