@@ -36,6 +36,9 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """What a process is given beyond its time limit to end its step."""
 
+IMPORTS = "imports"
+"""What a process does before its first moment."""
+
 OUTPUT_CHARACTERS = 2000
 """How much of what a failed process printed is looked at."""
 
@@ -160,6 +163,10 @@ def _start(task: Task, journal: Path, output: Any) -> subprocess.Popen[bytes]:
     if task.device == "cpu":
         # bitsandbytes would compile two kernels for CPUs, which takes longer than runs.
         environment["TORCHDYNAMO_DISABLE"] = "1"
+    else:
+        # Trainer would spread a batch over every card that it sees.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
     process = subprocess.Popen(
         [sys.executable, "-m", "memplan.profiler.child", str(journal)],
         stdin=subprocess.PIPE,
@@ -181,8 +188,11 @@ def _wait(
     progress: Callable[[str], None],
     time_limit: float | None,
 ) -> str:
-    """Waits for the process; `timed-out` where it was stopped, else nothing."""
-    started = time.monotonic()
+    """Waits for the process; `timed-out` where it was stopped, else nothing.
+
+    Its time runs from when its libraries are loaded.
+    """
+    started: float | None = None
     known = ""
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -191,15 +201,18 @@ def _wait(
         label = _running(journal)
         if label != known:
             known = label
-            progress(label)
-        elapsed = time.monotonic() - started
+            progress(label or IMPORTS)
+        if started is None and label:
+            started = time.monotonic()
+        elapsed = 0.0 if started is None else time.monotonic() - started
         if time_limit is not None and elapsed > time_limit + GRACE_SECONDS:
             return "timed-out"
 
 
 def _running(journal: Path) -> str:
+    """The moment that runs; nothing before the first."""
     labels = [e["label"] for e in read_events(journal) if e["event"] == "begin"]
-    return labels[-1] if labels else "imports"
+    return labels[-1] if labels else ""
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -270,12 +283,12 @@ def _settle_outcome(
         raise InputError.from_message(found.message)
     if ended:
         found.status = ended
-        found.message = f"stopped in {found.running or 'the imports'}"
+        found.message = f"stopped in {found.running or IMPORTS}"
     elif not found.status and returncode is not None and returncode < 0:
         found.status = "killed"
         found.message = (
             f"the measuring process died of {_signal(-returncode)} in "
-            f"{found.running or 'the imports'}{_host_memory(returncode)}"
+            f"{found.running or IMPORTS}{_host_memory(returncode)}"
         )
     elif not found.status:
         found.status = "failed"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,7 +106,7 @@ class _PlainLoop:
 
     def run(self) -> Any:
         """Runs the task's steps; the optimizer, with its state."""
-        is_over = _Clock(self._task)
+        is_over = _Clock(self._task, self._moments)
         for step in range(1, self._task.steps + 1):
             self._moments.begin_step()
             losses = [
@@ -240,7 +239,7 @@ def _watch(made: Any, task: Task, moments: Moments) -> None:
     made.optimizer.register_step_pre_hook(
         lambda *_: moments.begin_phase(step.number, "optimizer")
     )
-    made.add_callback(_step_callback(step, moments, _Clock(task)))
+    made.add_callback(_step_callback(step, moments, _Clock(task, moments)))
 
 
 def _step_callback(step: _Step, moments: Moments, is_over: _Clock) -> Any:
@@ -275,14 +274,14 @@ class _Step:
 class _Clock:
     """Says whether to stop: time is up, and there are measured steps."""
 
-    def __init__(self, task: Task) -> None:
-        self._seconds = task.seconds
-        self._started = time.monotonic()
+    def __init__(self, task: Task, moments: Moments) -> None:
+        self._limit = task.seconds
+        self._moments = moments
 
     def __call__(self, step: int) -> bool:
-        if self._seconds is None or step <= WARM_UP_STEPS:
+        if self._limit is None or step <= WARM_UP_STEPS:
             return False
-        return time.monotonic() - self._started > self._seconds
+        return self._moments.seconds > self._limit
 
 
 def _tokenizer() -> Any:

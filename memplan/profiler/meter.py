@@ -76,8 +76,15 @@ class Moments:
         self._meter = meter
         self._journal = journal
         self._label = ""
+        self._first_started: float | None = None
         self._started = 0.0
         self._step_started = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first moment began."""
+        first = self._first_started
+        return 0.0 if first is None else time.perf_counter() - first
 
     def begin(self, label: str) -> None:
         """Ends the running moment and starts another."""
@@ -86,6 +93,8 @@ class Moments:
         self._journal.write("begin", label=label)
         self._meter.reset()
         self._started = time.perf_counter()
+        if self._first_started is None:
+            self._first_started = self._started
 
     def hold(self, model: nn.Module) -> None:
         """Says that a model's tensors are held, as one that was loaded is."""
