@@ -21,7 +21,12 @@ COMMANDS = {
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
-    "schema": "Print the JSON schema of a recipe file or of the output.",
+    "profile": "Measure a real short fine-tune, in a process of its own.",
+    "runs": "List measured runs, show one, or import others'.",
+    "validate": "Compare predictions with everything that was measured.",
+    "explain": "Show why a measured run differs from its prediction.",
+    "doctor": "Measure this machine's CUDA context and card, once.",
+    "schema": "Print the JSON schema of a recipe, the output or a run.",
 }
 """Each command with its line of help; its module is of the same name."""
 

@@ -5,7 +5,7 @@ Notable:
   driver keeps, and that is less than the number on the box.
 * A name finds a card only when it says which: `v100` is refused, for there are two.
 * Whatever was not read but assumed is a sentence in `Gpu.assumptions`.
-* NVML is imported only for `auto`; its errors become InputError in `_nvml_session`.
+* NVML is imported only for `auto`; its errors become InputError in `nvml_session`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from memplan import machine
 from memplan.errors import InputError, UnknownNameError
 from memplan.store import profiles_path, read_json
 from memplan.units import BYTES_PER_UNIT, GIB, MIB, format_bytes, is_size, parse_size
@@ -171,6 +172,8 @@ def find_gpu(
         gpu = _from_reading(_read_device(), context_bytes)
     else:
         gpu = _asked_gpu(asked, system, context_bytes)
+    if context_bytes is None and system == _this_system():
+        gpu = _as_measured(gpu, automatic)
     return _keep_back(gpu, reserve_bytes, display, system)
 
 
@@ -197,6 +200,24 @@ def _asked_gpu(asked: str, system: str, context_bytes: int | None) -> Gpu:
     if is_size(asked) and not _is_card_number(asked):
         return _from_size(asked, context_bytes)
     raise UnknownNameError(_FIELD, asked, _known_names(), _REMEDY)
+
+
+def _as_measured(gpu: Gpu, automatic: bool) -> Gpu:
+    """The GPU as `memplan doctor` measured it on this machine, where it did.
+
+    What was assumed of its capacity and context is said no more.
+    """
+    reading = machine.find(gpu.name)
+    if reading is None:
+        return gpu
+    assumed = ("Capacity is ", "The CUDA context is ")
+    kept = (text for text in gpu.assumptions if not text.startswith(assumed))
+    return replace(
+        gpu,
+        capacity_bytes=gpu.capacity_bytes if automatic else reading.capacity_bytes,
+        context_bytes=reading.context_bytes,
+        assumptions=(reading.sentence(), *kept),
+    )
 
 
 def _is_card_number(text: str) -> bool:
@@ -550,7 +571,7 @@ _NVML_PROBLEMS = {
 
 
 @contextmanager
-def _nvml_session() -> Iterator[Any]:
+def nvml_session() -> Iterator[Any]:
     """The module pynvml, initialised; its errors leave as InputError."""
     try:
         nvml = importlib.import_module("pynvml")
@@ -574,8 +595,8 @@ def _nvml_session() -> Iterator[Any]:
 
 
 def _read_device() -> _Reading:
-    with _nvml_session() as nvml:
-        handle, order = _device(nvml)
+    with nvml_session() as nvml:
+        handle, order = visible_device(nvml)
         total_bytes, driver_bytes, used_bytes, memory = _memory(nvml, handle)
         return _Reading(
             name=nvml.nvmlDeviceGetName(handle),
@@ -587,7 +608,7 @@ def _read_device() -> _Reading:
         )
 
 
-def _device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
+def visible_device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
     """The handle of the first device that CUDA may see, and a note where unsure."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     first = visible.split(",")[0].strip()

@@ -253,7 +253,7 @@ def read_recipe_text(text: str, field: str) -> tuple[dict[str, Any], str | None]
     A plan, or any other object that memplan printed, is a recipe too: its `recipe` is
     taken, and its `model`.
     """
-    parsed = _parse_json_or_yaml(text, field)
+    parsed = parse_json_or_yaml(text, field)
     if not isinstance(parsed, Mapping):
         raise InputError(
             field, parsed, "is not a mapping of keys to values", "write `rank: 16`, say"
@@ -264,7 +264,8 @@ def read_recipe_text(text: str, field: str) -> tuple[dict[str, Any], str | None]
     return dict(parsed["recipe"]), model if isinstance(model, str) else None
 
 
-def _parse_json_or_yaml(text: str, field: str) -> Any:
+def parse_json_or_yaml(text: str, field: str) -> Any:
+    """What a text of JSON or YAML holds; raises InputError for neither."""
     remedy = "write it as JSON or YAML"
     if not text.strip():
         raise InputError(field, text, "is empty", remedy)

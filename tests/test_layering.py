@@ -15,13 +15,17 @@ PACKAGE = Path(memplan.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("units", "registry", "store"),
-    ("fields", "hub", "allocator"),
+    ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("life", "profile", "plan", "simulation", "validation"),
+    ("runs", "grid"),
+    ("importers",),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
     ("checks", "inspector"),
     ("catalog", "training"),
     ("estimator", "simulator", "profiler"),
+    ("accuracy",),
+    ("callback",),
     ("planner",),
     ("exporters", "reporters"),
     ("commands",),
@@ -53,7 +57,7 @@ HEAVY = {
 LIGHT_ENOUGH = {"reporters": {"rich"}}
 """Which heavy packages a part imports all the same whenever it is imported."""
 
-BEHIND_THE_WALL = {"inspector", "training", "simulator", "profiler"}
+BEHIND_THE_WALL = {"inspector", "training", "simulator", "profiler", "callback"}
 """Parts that import torch when they are imported, so nothing imports them but late."""
 
 BUILDERS = {"methods", "quantizations", "optimizers", "losses", "models"}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import click
 
@@ -16,6 +19,7 @@ from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.life import MERGE_PLACES, LifeOptions
 from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
+from memplan.runs import FOLDER as RUNS_FOLDER
 from memplan.units import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,6 +29,14 @@ LARGEST_RECIPE_BYTES = 2**20
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+runs_folder_option = click.option(
+    "--runs",
+    "folder",
+    metavar="FOLDER",
+    default=str(RUNS_FOLDER),
+    show_default=True,
+    help="Where measured runs are kept.",
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -181,13 +193,19 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
     """
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
-    given = {name: options.pop(name) for name in field_names()}
-    overrides = {
-        name: parse_option(name, text)
-        for name, text in given.items()
-        if text is not None
-    }
+    overrides = take_given_keys(options)
+    for name in field_names():
+        del options[name]
     return Recipe.from_mapping(keys | overrides), model
+
+
+def take_given_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's keys that are given as options of the command, parsed."""
+    return {
+        name: parse_option(name, options[name])
+        for name in field_names()
+        if options[name] is not None
+    }
 
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
@@ -244,3 +262,12 @@ def _help(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, str | int | float):
         return f"{text} [{default}]"
     return text
+
+
+def without_compiler() -> AbstractContextManager[Any]:
+    """Keeps torch's compiler from being loaded for kernels that nothing here calls.
+
+    bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
+    where it is told to (torch._dynamo.eval_frame, `_optimize`).
+    """
+    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,12 @@ from typing import Any
 import click
 
 from memplan import __version__
+from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
+from memplan.machine import Reading
+from memplan.profile import Profile
 from memplan.recipe import Recipe
 
 SCHEMA = 1
@@ -61,6 +65,43 @@ def footprint_object(  # noqa: PLR0913 - each is a key of the object
         "notes": [*(gpu.assumptions if gpu else ()), *footprint.notes],
         "versions": versions(),
     }
+
+
+def residuals(errors: Mapping[str, Range]) -> dict[str, Any]:
+    """The errors of comparable runs, as they are printed beside a prediction."""
+    return {reading: dataclasses.asdict(one) for reading, one in errors.items()}
+
+
+def print_comparison(
+    runs: list[dict[str, Any]],
+    groups: list[dict[str, Any]],
+    left_out: Mapping[str, str],
+) -> None:
+    """Prints measured runs beside their predictions, and the errors by group."""
+    body = {"runs": runs, "groups": groups, "left_out": dict(left_out)}
+    _print({"kind": "comparison", **body})
+
+
+def print_explanations(run: Profile, found: Sequence[Explained]) -> None:
+    """Prints where a run differs from its predictions, and what would explain it."""
+    ways = [
+        {
+            "way": one.comparison.way,
+            "comparison": one.comparison.to_json(),
+            "differences": [
+                {**dataclasses.asdict(each), "excess_bytes": each.excess_bytes}
+                for each in one.differences
+            ],
+            "explanations": [dataclasses.asdict(each) for each in one.explanations],
+        }
+        for one in found
+    ]
+    _print({"kind": "explanation", "run": run.id, "ways": ways})
+
+
+def print_machine(reading: Reading, file: str) -> None:
+    """Prints what was measured of this machine's card, and where it is kept."""
+    _print({"kind": "machine", "machine": dataclasses.asdict(reading), "file": file})
 
 
 def print_object(obj: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""The printed object as JSON schema (draft 2020-12)."""
+"""The printed object, and the record of a run, as JSON schema (draft 2020-12)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from memplan import profile
 from memplan.footprint import CATEGORIES
 from memplan.reporters.json import SCHEMA
 
@@ -11,17 +12,22 @@ KINDS = (
     "architecture",
     "comparison",
     "estimate",
+    "explanation",
     "fits",
     "gpus",
+    "machine",
     "measurement",
     "models",
     "plan",
+    "runs",
     "simulation",
 )
 
 _TEXT = {"type": "string"}
+_NUMBER = {"type": "number"}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
+_MAYBE_TEXT = {"type": ["string", "null"]}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
 
 _FOOTPRINT_KEYS = (
@@ -38,9 +44,14 @@ _FOOTPRINT_KEYS = (
 )
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
+    "comparison": ("runs", "groups", "left_out"),
     "estimate": _FOOTPRINT_KEYS,
+    "explanation": ("run", "ways"),
     "gpus": ("gpus",),
+    "machine": ("machine", "file"),
+    "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
+    "runs": ("runs",),
     "simulation": _FOOTPRINT_KEYS,
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
@@ -75,6 +86,20 @@ def output_schema() -> dict[str, Any]:
             "architecture": _architecture_schema(),
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
+            "runs": _list_of(id=_TEXT, card=_TEXT, outcome=_TEXT),
+            "residuals": {
+                "type": "object",
+                "additionalProperties": _object(
+                    least=_NUMBER, most=_NUMBER, count=_COUNT
+                ),
+            },
+            "machine": _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES),
+            "groups": _list_of(reading=_TEXT, way=_TEXT, card=_TEXT, count=_COUNT),
+            "ways": _list_of(
+                way=_TEXT,
+                differences=_list_of(what=_TEXT, reading=_TEXT, excess_bytes=_BYTES),
+                explanations=_list_of(what=_TEXT, remaining_bytes=_BYTES),
+            ),
             "notes": {"type": "array", "items": _TEXT},
             "versions": {"type": "object", "additionalProperties": _TEXT},
         },
@@ -86,6 +111,56 @@ def output_schema() -> dict[str, Any]:
             }
             for kind, keys in _KEYS.items()
         ],
+    }
+
+
+def profile_schema() -> dict[str, Any]:
+    """The file of a measured run; a reading of 0 bytes was not taken."""
+    moment = _object(
+        label=_TEXT,
+        allocated_bytes=_COUNT,
+        reserved_bytes=_COUNT,
+        end_allocated_bytes=_COUNT,
+    )
+    footprint = _object(
+        moments={"type": "array", "items": moment, "minItems": 1},
+        context_bytes=_MAYBE_INTEGER,
+        paged_bytes=_COUNT,
+        failed_moment=_MAYBE_TEXT,
+        missing_bytes=_COUNT,
+    )
+    counts = {"type": "object", "additionalProperties": {"type": "integer"}}
+    numbers = {"type": "array", "items": {"type": "number"}}
+    properties = {
+        "schema": {"const": profile.SCHEMA},
+        "kind": {"const": profile.KIND},
+        "id": _TEXT,
+        "source": _TEXT,
+        "measured_at": _TEXT,
+        "device": {"enum": list(profile.DEVICES)},
+        "model": _TEXT,
+        "config": {"type": ["object", "null"]},
+        "recipe": {"type": "object"},
+        "gpu": {"type": ["object", "null"]},
+        "outcome": _object(status={"enum": list(profile.OUTCOMES)}, message=_TEXT),
+        "footprint": {"anyOf": [footprint, {"type": "null"}]},
+        "counters": {"type": "object", "additionalProperties": counts},
+        "segments": counts,
+        "driver": counts,
+        "parameters": counts,
+        "step_seconds": numbers,
+        "losses": numbers,
+        "environment": {"type": "object", "additionalProperties": _TEXT},
+        "seed": {"type": "integer"},
+        "weights": {"enum": ["random", "checkpoint"]},
+        "trace": _TEXT,
+        "notes": {"type": "array", "items": _TEXT},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "memplan measured run",
+        **_object(**properties),
+        "additionalProperties": False,
     }
 
 

@@ -212,7 +212,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             tracer,
         ):
             with phase("adapt"):
-                adapted = _adapt(model, architecture, recipe, tracer)
+                adapted = adapt(model, architecture, recipe, tracer)
             tracer.name_parameters(adapted)
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
@@ -311,9 +311,10 @@ def _replay_notes(found: Replay) -> Iterator[str]:
         )
 
 
-def _adapt(
+def adapt(
     model: nn.Module, architecture: Architecture, recipe: Recipe, tracer: Tracer
 ) -> nn.Module:
+    """The loaded model, prepared and with the recipe's method installed."""
     training_model.prepare(model, recipe)
     casts = quantizations.find(recipe.quantization).kbit_casts
     if recipe.quantization != "none" and recipe.kbit_prepare and casts:
