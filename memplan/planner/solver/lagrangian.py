@@ -35,8 +35,23 @@ MOST_CROSSINGS = 64
 MOST_REPAIRS = 64
 """Modules apart from what fits, up to which choices that exceed are repaired, too."""
 
-GOOD_GAP = 1e-4
-"""A gap with which the search for better prices ends."""
+MOST_FILLS = 256
+"""Changes that fill what is left of a budget."""
+
+SHARE_OF_THE_REST = 0.1
+"""What a moment that a direction leaves out pays beside the dearest."""
+
+LEAST_PRICE, MOST_PRICE = 1e-9, 1e12
+"""Prices between which one is looked for that makes everything fit."""
+
+HALVINGS = 24
+"""Halvings of that range of prices."""
+
+PATIENCE = 4
+"""Turns within which the bound has to rise for the search to go on."""
+
+SMALLEST_RISE = 1e-4
+"""The share of the bound that it has to rise by."""
 
 
 def solve_lagrangian(problem: Problem) -> Solution:
@@ -70,6 +85,14 @@ class _Point:
     cost: float
     excess: Floats
     """(moments,): bytes used less bytes free, as shares of the scale."""
+
+
+_Crossing = tuple[_Point, _Point, float, Floats]
+"""Two points whose lines cross at a price along a direction; the first exceeds."""
+
+
+def _has_settled(bound: float, earlier: float) -> bool:
+    return bound - earlier <= SMALLEST_RISE * abs(bound)
 
 
 @dataclass(slots=True, eq=False)
@@ -107,30 +130,77 @@ class _Search:
 
     def run(self) -> None:
         """Searches the prices, then fills what is left of the budget."""
-        free = self._at(np.zeros_like(self._free))
-        self._note_bound(free, np.zeros_like(self._free))
+        nothing = np.zeros_like(self._free)
+        free = self._at(nothing)
+        self._note_bound(free, nothing)
         if self.problem.fits(free.choices):
             self._keep(free.choices)
             return
-        direction = self._first_direction(free)
+        self._round(*self._best_crossing(self._first_direction(free)))
+
+    def _best_crossing(self, direction: Floats) -> _Crossing:
+        """Turns the direction while that raises the bound; the best that was seen."""
+        best = None
+        bounds = [self.bound]
         for turn in range(MOST_TURNS):
-            below, above = self._along(direction)
-            mixed = self._mixed(below.choices, above.choices)
-            self._keep(self._repaired(mixed))
-            if (mixed != below.choices).sum() <= MOST_REPAIRS:
-                self._keep(self._repaired(below.choices))
-            if relative_gap(self.objective, self.bound) <= GOOD_GAP:
-                return
+            below, above, price = self._along(direction)
+            bounds.append(self.bound)
+            if best is None or bounds[-1] > bounds[-2]:
+                best = (below, above, price, direction)
+            if turn >= PATIENCE and _has_settled(bounds[-1], bounds[-1 - PATIENCE]):
+                break
             turned = self._turned(direction, below, above, turn)
-            if np.allclose(turned, direction, rtol=1e-9, atol=0):
-                return
+            if np.allclose(turned, direction, rtol=1e-6, atol=0):
+                break
             direction = turned
+        assert best is not None
+        return best
+
+    def _round(
+        self, below: _Point, above: _Point, price: float, direction: Floats
+    ) -> None:
+        """Makes choices that fit of the two points whose lines cross."""
+        if not self.problem.fits(above.choices):
+            below, above = self._raised(above, price, direction)
+        self._keep(self._mixed(below.choices, above.choices))
+        if (below.choices != above.choices).sum() <= MOST_REPAIRS:
+            self._keep(self._repaired(below.choices))
+
+    def _raised(
+        self, point: _Point, price: float, direction: Floats
+    ) -> tuple[_Point, _Point]:
+        """The points at prices just too low and just high enough for every moment.
+
+        Moments that the direction leaves out pay a share, so that they come to fit.
+        """
+        spread = np.maximum(direction, SHARE_OF_THE_REST * direction.max())
+        below, low, high = point, price, max(price, LEAST_PRICE)
+        above = self._at(high * spread)
+        while not self.problem.fits(above.choices) and high < MOST_PRICE:
+            below, low, high = above, high, high * 4
+            above = self._at(high * spread)
+        for _ in range(HALVINGS):
+            middle = self._at((low + high) / 2 * spread)
+            if self.problem.fits(middle.choices):
+                above, high = middle, (low + high) / 2
+            else:
+                below, low = middle, (low + high) / 2
+        return below, above
 
     def _at(self, prices: Floats) -> _Point:
-        reduced = self.problem.costs + np.tensordot(prices, self._weights, axes=1)
-        choices = reduced.argmin(axis=1)
+        choices = (self.problem.costs + self._priced(prices)).argmin(axis=1)
         used = self._weights[:, np.arange(len(choices)), choices].sum(axis=1)
         return _Point(choices, self.problem.cost_of(choices), used - self._free)
+
+    def _priced(self, prices: Floats) -> Floats:
+        """(modules, choices): what the bytes of every choice cost.
+
+        Summed by hand, since most moments are free and BLAS waits for its threads.
+        """
+        total = np.zeros(self.problem.costs.shape)
+        for moment in np.flatnonzero(prices):
+            total += prices[moment] * self._weights[moment]
+        return total
 
     def _note_bound(self, point: _Point, prices: Floats) -> None:
         value = point.cost + float(prices @ point.excess)
@@ -143,12 +213,13 @@ class _Search:
         direction[int(free.excess.argmax())] = 1.0
         return direction
 
-    def _along(self, direction: Floats) -> tuple[_Point, _Point]:
-        """The two points whose lines cross at the maximum along a direction.
+    def _along(self, direction: Floats) -> tuple[_Point, _Point, float]:
+        """The points whose lines cross at the maximum along a direction, and where.
 
         The first exceeds the direction's moments, the second does not. Prices beyond
         the largest cost by byte choose the fewest bytes there are.
         """
+        price = 0.0
         below = self._at(np.zeros_like(direction))
         above = self._cheapest_in(direction)
         for _ in range(MOST_CROSSINGS):
@@ -167,12 +238,11 @@ class _Search:
                 below = point
             else:
                 above = point
-        return below, above
+        return below, above, price
 
     def _cheapest_in(self, direction: Floats) -> _Point:
         """The point of the fewest bytes in a direction, the cheapest among these."""
-        weights = np.tensordot(direction, self._weights, axes=1)
-        weights = np.where(self.problem.exists, weights, np.inf)
+        weights = np.where(self.problem.exists, self._priced(direction), np.inf)
         fewest = weights <= weights.min(axis=1, keepdims=True)
         choices = np.where(fewest, self.problem.costs, np.inf).argmin(axis=1)
         used = self._weights[:, np.arange(len(choices)), choices].sum(axis=1)
@@ -221,43 +291,50 @@ class _Search:
             self.best, self.objective = filled, cost
 
     def _changes(self, choices: Integers) -> tuple[Floats, Integers]:
-        """What every single change does to the cost, and to the bytes used."""
+        """What every single change does to the cost, and to each moment's bytes."""
         rows = np.arange(len(choices))
         costs, held = self.problem.costs, self.problem.num_bytes
-        cost_changes = costs - costs[rows, choices][:, None]
-        used = self.problem.bytes_of(choices)
-        after = held - held[:, rows, choices][:, :, None] + used[:, None, None]
-        return cost_changes, after
+        return (
+            costs - costs[rows, choices][:, None],
+            held - held[:, rows, choices][:, :, None],
+        )
 
     def _repaired(self, choices: Integers) -> Integers | None:
         """The choices with as many changed, the best value first, as it takes to fit.
 
-        None where no single change brings them nearer.
+        None where no single change brings them nearer, or too many would be needed.
         """
         choices = choices.copy()
-        free = self.problem.free_bytes[:, None, None]
         scale = self._scale[:, None, None]
-        while not self.problem.fits(choices):
-            cost_changes, after = self._changes(choices)
-            over = (np.maximum(after - free, 0) / scale).sum(axis=0)
-            now = over[0, choices[0]]
-            gain = np.where(self.problem.exists, now - over, 0.0)
+        for _ in range(MOST_REPAIRS):
+            excess = self.problem.bytes_of(choices) - self.problem.free_bytes
+            if (excess <= 0).all():
+                return choices
+            cost_changes, changes = self._changes(choices)
+            over = np.maximum(excess[:, None, None] + changes, 0) / scale
+            now = (np.maximum(excess, 0) / self._scale).sum()
+            gain = np.where(self.problem.exists, now - over.sum(axis=0), 0.0)
             if gain.max() <= 0:
                 return None
             with np.errstate(divide="ignore", invalid="ignore"):
                 rate = np.where(gain > 0, np.maximum(cost_changes, 0) / gain, np.inf)
             module, choice = np.unravel_index(int(rate.argmin()), rate.shape)
             choices[module] = choice
-        return choices
+        return None
 
     def _filled(self, choices: Integers) -> Integers:
         """The choices with what still fits, the largest saving first."""
         choices = choices.copy()
-        free = self.problem.free_bytes[:, None, None]
-        while True:
-            cost_changes, after = self._changes(choices)
-            savings = np.where((after <= free).all(axis=0), cost_changes, 0.0)
-            if savings.min() >= 0:
-                return choices
+        left = self.problem.free_bytes - self.problem.bytes_of(choices)
+        cost_changes, changes = self._changes(choices)
+        for _ in range(MOST_FILLS):
+            fitting = (changes <= left[:, None, None]).all(axis=0)
+            savings = np.where(fitting, cost_changes, 0.0)
             module, choice = np.unravel_index(int(savings.argmin()), savings.shape)
+            if savings[module, choice] >= 0:
+                break
+            left = left - changes[:, module, choice]
+            changes[:, module] -= changes[:, module, choice][:, None].copy()
+            cost_changes[module] -= cost_changes[module, choice]
             choices[module] = choice
+        return choices

@@ -47,6 +47,8 @@ def solve_milp(
     known = start or solve_lagrangian(problem)
     if known.status in (Status.OPTIMAL, Status.INFEASIBLE):
         return _named(known, known.status, began)
+    if known.gap <= gap:
+        return _named(known, Status.WITHIN_GAP, began)
     result = _run(problem, gap, time_limit)
     if result.status == _INFEASIBLE and known.choices is None:
         return _named(known, Status.INFEASIBLE, began, dual_bound=math.inf)
