@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
-    "schema": "Print the JSON schema of a recipe file or of the output.",
+    "schema": "Print the JSON schema of a recipe file, of a plan or of the output.",
 }
 """Each command with its line of help; its module is of the same name."""
 

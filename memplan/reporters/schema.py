@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.footprint import CATEGORIES
+from memplan.plan import HASH_DIGITS
+from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
 
 KINDS = (
@@ -41,6 +43,7 @@ _KEYS = {
     "estimate": _FOOTPRINT_KEYS,
     "gpus": ("gpus",),
     "models": ("models",),
+    "plan": (*_FOOTPRINT_KEYS, "plan"),
     "simulation": _FOOTPRINT_KEYS,
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
@@ -73,6 +76,7 @@ def output_schema() -> dict[str, Any]:
             "parameters": _object(total=_COUNT, trainable=_MAYBE_INTEGER),
             "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
+            "plan": _decision_schema(),
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
             "notes": {"type": "array", "items": _TEXT},
@@ -87,6 +91,46 @@ def output_schema() -> dict[str, Any]:
             for kind, keys in _KEYS.items()
         ],
     }
+
+
+def plan_schema() -> dict[str, Any]:
+    """A plan's file: what `memplan plan --json` prints."""
+    output = output_schema()
+    properties = output["properties"]
+    kept = {key: properties[key] for key in ("schema", *_KEYS["plan"], "versions")}
+    return {
+        "$schema": output["$schema"],
+        "title": "memplan plan",
+        "description": "A recipe that fits a card, and why it was chosen. It is read "
+        "wherever a recipe file is.",
+        "type": "object",
+        "properties": {
+            **kept,
+            "kind": {"const": "plan"},
+            "recipe": recipe_schema(),
+        },
+        "required": ["schema", "kind", *_KEYS["plan"], "versions"],
+    }
+
+
+def _decision_schema() -> dict[str, Any]:
+    """What a plan says besides its footprint."""
+    number = {"type": ["number", "null"]}
+    rejected = _object(changes={"type": "object"}, reason=_TEXT, missing_bytes=_BYTES)
+    return _object(
+        hash={"type": "string", "pattern": f"^[0-9a-f]{{{HASH_DIGITS}}}$"},
+        budget_bytes=_BYTES,
+        margin_bytes=_MAYBE_INTEGER,
+        verified_by={"enum": ["simulation", "estimate"]},
+        prefer=_TEXT,
+        prior=_TEXT,
+        tier={"enum": ["T0", "T1", "T2"]},
+        solution={"type": "object"},
+        regrets={"type": "object", "additionalProperties": number},
+        reasons={"type": "array", "items": _TEXT},
+        alternatives={"type": "array", "items": {"type": "object"}},
+        rejected={"type": "array", "items": rejected},
+    )
 
 
 def _architecture_schema() -> dict[str, Any]:
