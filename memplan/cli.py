@@ -17,6 +17,7 @@ from memplan import __version__
 from memplan.errors import MemplanError, near_names
 
 COMMANDS = {
+    "export": "Write a plan or a recipe as the files that a trainer takes.",
     "gpus": "List the cards that the catalog knows.",
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",

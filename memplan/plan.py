@@ -62,7 +62,7 @@ class Plan:
     tier: str
     """What that stands on: T0 nothing, T1 weights, T2 data."""
     solution: Mapping[str, Any] = field(default_factory=dict)
-    """Solver, status, objective, dual bound, gap and price, as the solver gives them."""
+    """Solver, status, objective, dual bound, gap and price."""
     regrets: Mapping[str, float] = field(default_factory=dict)
     """What each prior forgoes, as a share of what the budget can gain."""
     reasons: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """What tells the decision apart: the model, the recipe and the card."""
-        return decision_hash(self.model, self.recipe, self.gpu)
+        return decision_hash(self.model, self.recipe, self.gpu.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The plan's file: the keys of every footprint, and `plan`."""
@@ -141,13 +141,9 @@ class Plan:
             ) from error
 
 
-def decision_hash(model: str, recipe: Recipe, gpu: Gpu | None) -> str:
-    """The hash of a decision; with the same keys it is the same on every machine."""
-    decided = {
-        "model": model,
-        "recipe": recipe.to_json(),
-        "gpu": None if gpu is None else gpu.to_json(),
-    }
+def decision_hash(model: str, recipe: Recipe, gpu: Mapping[str, Any] | None) -> str:
+    """The hash of a decision, the card as JSON; the same on every machine."""
+    decided = {"model": model, "recipe": recipe.to_json(), "gpu": gpu}
     text = json.dumps(decided, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
 

@@ -11,11 +11,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from memplan.architecture import Architecture, Linear
 from memplan.errors import UnknownNameError
 from memplan.recipe import Recipe
+
+Value = TypeVar("Value", int, float)
 
 GRANULARITIES = ("uniform", "by-type", "by-layer", "by-module")
 """What shares a rank: every module, those of a name, those of a layer, or none."""
@@ -89,7 +91,7 @@ def with_ranks(recipe: Recipe, ranks: Mapping[str, int]) -> Recipe:
     """
     mode = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != mode}
-    pattern = rank_pattern(others)
+    pattern = pattern_of(others)
     alphas = {key: _alpha(recipe, rank) for key, rank in pattern.items()}
     return _replaced(
         recipe,
@@ -100,15 +102,15 @@ def with_ranks(recipe: Recipe, ranks: Mapping[str, int]) -> Recipe:
     )
 
 
-def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    r"""PEFT's pattern that gives every path its rank: whole paths, escaped.
+def pattern_of(values: Mapping[str, Value]) -> dict[str, Value]:
+    r"""PEFT's pattern that gives every path its value: whole paths, escaped.
 
-    Layers that share the rank of a module share a key: `model\.layers\.(0|1)\.mlp`.
+    Layers that share the value of a module share a key: `model\.layers\.(0|1)\.mlp`.
     """
-    places: dict[tuple[str, str, int], list[str]] = defaultdict(list)
-    for path, rank in ranks.items():
+    places: dict[tuple[str, str, Value], list[str]] = defaultdict(list)
+    for path, value in values.items():
         stack, layer, within = _split(path)
-        places[stack, within, rank].append(layer)
+        places[stack, within, value].append(layer)
     return {_key(*place[:2], layers): place[2] for place, layers in places.items()}
 
 

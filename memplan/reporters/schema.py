@@ -13,6 +13,7 @@ KINDS = (
     "architecture",
     "comparison",
     "estimate",
+    "export",
     "fits",
     "gpus",
     "measurement",
@@ -22,6 +23,7 @@ KINDS = (
 )
 
 _TEXT = {"type": "string"}
+_TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
@@ -41,6 +43,7 @@ _FOOTPRINT_KEYS = (
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
     "estimate": _FOOTPRINT_KEYS,
+    "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
     "gpus": ("gpus",),
     "models": ("models",),
     "plan": (*_FOOTPRINT_KEYS, "plan"),
@@ -77,6 +80,10 @@ def output_schema() -> dict[str, Any]:
             "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
             "plan": _decision_schema(),
+            "trainer": _TEXT,
+            "files": _TEXTS,
+            "verified": _TEXTS,
+            "unverified": _TEXTS,
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
             "notes": {"type": "array", "items": _TEXT},

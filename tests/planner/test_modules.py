@@ -13,7 +13,7 @@ from memplan.planner.modules import (
     adapted_linears,
     alphas_of,
     group,
-    rank_pattern,
+    pattern_of,
     ranks_of,
     with_ranks,
 )
@@ -86,7 +86,7 @@ def test_a_rank_for_all_needs_no_pattern() -> None:
 def test_keys_are_whole_paths_that_match_no_other() -> None:
     ranks = {"model.layers.1.mlp.up_proj": 4, "model.layers.11.mlp.up_proj": 8}
 
-    pattern = rank_pattern(ranks)
+    pattern = pattern_of(ranks)
 
     assert pattern == {
         r"model\.layers\.1\.mlp\.up_proj": 4,
@@ -98,5 +98,5 @@ def test_keys_are_whole_paths_that_match_no_other() -> None:
 def test_layers_of_a_rank_share_a_key() -> None:
     ranks = {f"model.layers.{i}.mlp.up_proj": 4 for i in range(3)}
 
-    assert rank_pattern(ranks) == {r"model\.layers\.(0|1|2)\.mlp\.up_proj": 4}
-    assert rank_pattern({"lm_head": 2}) == {"lm_head": 2}
+    assert pattern_of(ranks) == {r"model\.layers\.(0|1|2)\.mlp\.up_proj": 4}
+    assert pattern_of({"lm_head": 2}) == {"lm_head": 2}
