@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from memplan import methods
 from memplan.architecture import Architecture, Linear
 from memplan.errors import UnknownNameError
 from memplan.recipe import Recipe
@@ -42,26 +43,19 @@ class Group:
 
 
 def adapted_linears(architecture: Architecture, recipe: Recipe) -> dict[str, Linear]:
-    """The linear layers that a recipe adapts, by their paths.
+    """The linear layers whose rank a plan decides, by their paths.
 
     Routers and fused experts are PEFT's own matter and keep the recipe's rank. Raises
     UnknownNameError for a target that no layer's path ends with.
     """
     every = dict(architecture.all_linears())
-    if recipe.targets == "all-linear":
-        kinds = {linear.kind for linear in every.values()} - {"head", "router"}
-        return {path: one for path, one in every.items() if one.kind in kinds}
-    if isinstance(recipe.targets, str):
-        return {path: one for path, one in every.items() if one.kind == recipe.targets}
-    for name in recipe.targets:
-        if not any(_ends(path, name) for path in every):
+    named = recipe.targets if isinstance(recipe.targets, tuple) else ()
+    for name in named:
+        if not any(f".{path}".endswith(f".{name}") for path in every):
             known = {path.rpartition(".")[2] for path in every}
             raise UnknownNameError("targets", name, sorted(known))
-    return {
-        path: one
-        for path, one in every.items()
-        if any(_ends(path, name) for name in recipe.targets)
-    }
+    found = dict(methods.adapted_linears(architecture, recipe))
+    return {path: one for path, one in found.items() if named or one.kind != "router"}
 
 
 def group(linears: Mapping[str, Linear], granularity: str) -> tuple[Group, ...]:
@@ -115,20 +109,13 @@ def pattern_of(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def ranks_of(recipe: Recipe, paths: Iterable[str]) -> dict[str, int]:
-    """The rank that PEFT gives each path (peft.utils.other, `get_pattern_key`)."""
-    return {path: _matched(recipe.rank_pattern, path, recipe.rank) for path in paths}
+    """The rank that PEFT gives each path."""
+    return {path: methods.rank_at(recipe, path) for path in paths}
 
 
 def alphas_of(recipe: Recipe, paths: Iterable[str]) -> dict[str, float]:
     """The alpha that PEFT gives each path."""
-    return {path: _matched(recipe.alpha_pattern, path, recipe.alpha) for path in paths}
-
-
-def _matched(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+    return {path: methods.alpha_at(recipe, path) for path in paths}
 
 
 def _alpha(recipe: Recipe, rank: int) -> float:
@@ -163,7 +150,3 @@ def _key(stack: str, within: str, layers: Sequence[str]) -> str:
         return re.escape(within)
     position = layers[0] if len(layers) == 1 else f"({'|'.join(layers)})"
     return rf"{re.escape(stack)}\.{position}\.{re.escape(within)}"
-
-
-def _ends(path: str, name: str) -> bool:
-    return f".{path}".endswith(f".{name}")
