@@ -8,7 +8,8 @@ module, and the first that its verification upholds is taken.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
 from memplan.planner.choices import PREFERENCES, Estimate, Floors
-from memplan.planner.modules import adapted_linears, group, with_ranks
+from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import ROBUST, Ranked, RankSearch, lost_share, menu
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
@@ -70,9 +71,9 @@ class Found:
         return self.candidate.recipe if self.ranked is None else self.ranked.recipe
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Search:
-    """What is asked for."""
+    """What is asked for. It has no slots, so that what is derived is derived once."""
 
     architecture: Architecture
     gpu: Gpu
@@ -103,19 +104,32 @@ class Search:
 
     def candidate(self, recipe: Recipe) -> Candidate | None:
         """The recipe at the largest rank that all can share; None if none fits."""
-        if not self._adapts:
-            footprint = self.estimate(recipe)
-            return (
-                self._judged(recipe, footprint, {}) if self._fits(footprint) else None
-            )
-        best = None
-        for rank in self._menu:
-            shared = dict.fromkeys(self._linears, rank)
-            ranked = with_ranks(recipe, shared)
-            footprint = self.estimate(ranked)
-            if not self._fits(footprint):
-                break
-            best = self._judged(ranked, footprint, shared)
+        made = [self._shared(recipe, rank) for rank in self._menu] or [recipe]
+        fitting = self._last_that_fits(made)
+        if fitting is None:
+            return None
+        best, footprint = fitting
+        ranks = dict.fromkeys(self._linears, best.rank)
+        return Candidate(
+            recipe=best,
+            footprint=footprint,
+            lost_share=lost_share(self._linears, ranks) if ranks else 0.0,
+            cost=step_cost(self.architecture, best, self._rated),
+        )
+
+    def _last_that_fits(self, made: list[Recipe]) -> tuple[Recipe, Footprint] | None:
+        """The last recipe of a rising list that fits, by halving; None if none does."""
+        footprint = self.estimate(made[0])
+        if not self._fits(footprint):
+            return None
+        best, low, high = (made[0], footprint), 0, len(made)
+        while high - low > 1:
+            middle = (low + high) // 2
+            footprint = self.estimate(made[middle])
+            if self._fits(footprint):
+                best, low = (made[middle], footprint), middle
+            else:
+                high = middle
         return best
 
     def smallest(self) -> Recipe:
@@ -123,10 +137,9 @@ class Search:
         length = self._lengths()[-1]
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
-        return min(
-            (self._at_smallest(recipe) for recipe in made),
-            key=lambda recipe: self.estimate(recipe).life_peak.reserved_bytes,
-        )
+        if self._menu:
+            made = [self._shared(recipe, self._menu[0]) for recipe in made]
+        return min(made, key=lambda one: self.estimate(one).life_peak.reserved_bytes)
 
     def key(self, best_lost: float) -> Callable[[Candidate], tuple[float, ...]]:
         """The order of aims beyond fitting, the lowest first."""
@@ -165,7 +178,7 @@ class Search:
         budget_bytes = self._budget_bytes
         for _ in range(MOST_FINALISTS):
             ranked = self._ranked(one.recipe, budget_bytes)
-            if self._adapts and ranked is None:
+            if self._linears and ranked is None:
                 return None
             recipe = one.recipe if ranked is None else ranked.recipe
             verified = self.verify(recipe)
@@ -179,35 +192,22 @@ class Search:
         return None
 
     def _ranked(self, recipe: Recipe, budget_bytes: int) -> Ranked | None:
-        if not self._adapts:
+        if not self._linears:
             return None
-        groups = group(self._linears, self.granularity)
         return RankSearch(
             recipe=recipe,
-            groups=groups,
+            groups=self._groups,
             estimate=self.estimate,
             budget_bytes=budget_bytes,
             ranks=self._menu,
             prior=self.prior,
         ).run()
 
-    def _judged(
-        self, recipe: Recipe, footprint: Footprint, ranks: Mapping[str, int]
-    ) -> Candidate:
-        return Candidate(
-            recipe=recipe,
-            footprint=footprint,
-            lost_share=lost_share(self._linears, ranks) if ranks else 0.0,
-            cost=step_cost(self.architecture, recipe, rated(self.gpu)),
-        )
-
     def _recipes(self, quantization: str, length: int) -> Iterator[Recipe]:
         return choices.recipes(self.base, self.given, self.floors, quantization, length)
 
-    def _at_smallest(self, recipe: Recipe) -> Recipe:
-        if not self._adapts:
-            return recipe
-        return with_ranks(recipe, dict.fromkeys(self._linears, self._menu[0]))
+    def _shared(self, recipe: Recipe, rank: int) -> Recipe:
+        return with_ranks(recipe, dict.fromkeys(self._linears, rank))
 
     def _lengths(self) -> tuple[int, ...]:
         return choices.lengths(
@@ -221,24 +221,32 @@ class Search:
         reserved = footprint.life_peak.reserved_bytes
         return max(reserved - self._budget_bytes, footprint.missing_bytes)
 
-    @property
+    @functools.cached_property
     def _budget_bytes(self) -> int:
         return self.gpu.budget_bytes - self.floors.margin_bytes
 
-    @property
-    def _adapts(self) -> bool:
-        return self.base.method != "full"
-
-    @property
+    @functools.cached_property
     def _linears(self) -> dict[str, Linear]:
+        """What is adapted; nothing where everything is trained."""
+        if self.base.method == "full":
+            return {}
         return adapted_linears(self.architecture, self.base)
 
-    @property
+    @functools.cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        return group(self._linears, self.granularity)
+
+    @functools.cached_property
     def _menu(self) -> tuple[int, ...]:
-        groups = group(self._linears, self.granularity)
+        if not self._linears:
+            return ()
         if "rank" in self.given:
             return (self.base.rank,)
-        return menu(groups, self.ranks, self.floors.rank)
+        return menu(self._groups, self.ranks, self.floors.rank)
+
+    @functools.cached_property
+    def _rated(self) -> Gpu:
+        return rated(self.gpu)
 
     def _refusal(self) -> InputError:
         smallest = self.smallest()

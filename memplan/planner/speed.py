@@ -11,7 +11,8 @@ seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memplan import methods, optimizers, quantizations
@@ -159,43 +160,54 @@ def _linear_works(
 
     A frozen layer's backward is one product, for its inputs; a trained one's is two.
     """
-    tokens = recipe.tokens
+    tokens, width = recipe.tokens, DTYPE_BYTES[recipe.dtype]
     forwards = 1 + recomputed_share(recipe)
-    backwards = 2 if recipe.method == "full" else 1
-    for path, linear in architecture.all_linears():
-        if linear.kind == "head":
-            continue
-        passes = forwards + backwards
+    passes = forwards + (2 if recipe.method == "full" else 1)
+    dequantised = _dequantised(recipe)
+    for (linear, rank), paths in _alike(architecture, ranks).items():
+        count = len(paths)
+        sides = linear.in_features + linear.out_features
         product = MULTIPLY_ADD * tokens * linear.num_weights
-        rank = ranks.get(path, 0)
-        adapter = MULTIPLY_ADD * tokens * rank
-        adapter *= linear.in_features + linear.out_features
-        width = DTYPE_BYTES[recipe.dtype]
-        held = tokens * (linear.in_features + linear.out_features)
+        adapter = MULTIPLY_ADD * tokens * rank * sides
+        held = tokens * sides + linear.num_weights
         yield Work(
             name="linear layers",
-            flops=passes * product + (forwards + 2) * adapter,
-            num_bytes=passes * width * (held + linear.num_weights),
+            flops=count * (passes * product + (forwards + 2) * adapter),
+            num_bytes=count * passes * width * held,
         )
-        yield Work(
-            name="dequantisation",
-            num_bytes=passes * _dequantised_bytes(linear, recipe, path),
-        )
-    yield from _expert_works(architecture, recipe, forwards + backwards)
+        made = sum(dequantised(path, linear) for path in paths)
+        yield Work(name="dequantisation", num_bytes=passes * made)
+    yield from _expert_works(architecture, recipe, passes)
 
 
-def _dequantised_bytes(linear: Linear, recipe: Recipe, path: str) -> int:
+def _alike(
+    architecture: Architecture, ranks: dict[str, int]
+) -> dict[tuple[Linear, int], list[str]]:
+    """Paths of the linear layers that have the same shape and rank."""
+    found: dict[tuple[Linear, int], list[str]] = defaultdict(list)
+    for path, linear in architecture.all_linears():
+        if linear.kind != "head":
+            found[linear, ranks.get(path, 0)].append(path)
+    return found
+
+
+def _dequantised(recipe: Recipe) -> Callable[[str, Linear], int]:
     """What making a layer's weights anew reads and writes; 0 where none are quantised.
 
     bitsandbytes dequantises a 4-bit layer into a tensor of the compute precision, which
     the product then reads (`MatMul4Bit`).
     """
     scheme = quantizations.find(recipe.quantization)
-    ends = (f".{name}" for name in recipe.unquantized_modules)
-    if scheme.bits is None or any(f".{path}".endswith(end) for end in ends):
-        return 0
-    stored = sum(scheme.stored_bytes(linear.num_weights, linear.out_features))
-    return stored + linear.num_weights * DTYPE_BYTES[recipe.compute_dtype]
+    width = DTYPE_BYTES[recipe.compute_dtype]
+    spared = tuple(f".{name}" for name in recipe.unquantized_modules)
+
+    def of(path: str, linear: Linear) -> int:
+        if scheme.bits is None or f".{path}".endswith(spared):
+            return 0
+        stored = sum(scheme.stored_bytes(linear.num_weights, linear.out_features))
+        return stored + linear.num_weights * width
+
+    return of
 
 
 def _expert_works(
