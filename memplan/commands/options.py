@@ -186,6 +186,14 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
 
     Takes the recipe's options out of the command's.
     """
+    recipe, model, _ = take_given_recipe(options)
+    return recipe, model
+
+
+def take_given_recipe(
+    options: dict[str, Any],
+) -> tuple[Recipe, str | None, frozenset[str]]:
+    """The recipe and the model likewise, and the keys that were given."""
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
     given = {name: options.pop(name) for name in field_names()}
@@ -194,7 +202,8 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
         for name, text in given.items()
         if text is not None
     }
-    return Recipe.from_mapping(keys | overrides), model
+    settled = keys | overrides
+    return Recipe.from_mapping(settled), model, frozenset(settled)
 
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:

@@ -82,6 +82,13 @@ def recipes(
         yield with_keys(base, given, changes)
 
 
+def departures(recipe: Recipe, base: Recipe) -> int:
+    """How far a recipe's optimizer and loss are from the usual ones."""
+    known = recipe.optimizer in OPTIMIZERS
+    optimizer = OPTIMIZERS.index(recipe.optimizer) if known else 0
+    return optimizer + (recipe.loss != base.loss)
+
+
 def quantizations(base: Recipe, given: Collection[str]) -> tuple[str, ...]:
     """The schemes to try, the most exact first."""
     fixed = "quantization" in given or base.method == "full"

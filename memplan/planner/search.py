@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,19 @@ from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import ROBUST, Ranked, RankSearch, lost_share, menu
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
+from memplan.units import format_bytes
 
 QUALITY_TOLERANCE = 0.02
 """Shares of the adapters' worth that count as the same quality."""
 
-MOST_FINALISTS = 4
+TIME_TOLERANCE = 0.02
+"""Shares of a step's time that count as the same: the roofline knows no better."""
+
+MOST_FINALISTS = 6
 """Recipes that are ranked and verified before the search gives up on a length."""
+
+MOST_TIGHTENINGS = 2
+"""Times that a finalist is ranked, before it is verified at the smallest ranks."""
 
 RATES_OF = "RTX 3060"
 """Whose bf16 rate and bandwidth stand for those of a card that has none known: it is of
@@ -100,7 +108,7 @@ class Search:
                 found = self._best(fitting, rejected)
                 if found is not None:
                     return found
-        raise self._refusal()
+        raise self._refusal(rejected)
 
     def candidate(self, recipe: Recipe) -> Candidate | None:
         """The recipe at the largest rank that all can share; None if none fits."""
@@ -119,7 +127,12 @@ class Search:
 
     def _last_that_fits(self, made: list[Recipe]) -> tuple[Recipe, Footprint] | None:
         """The last recipe of a rising list that fits, by halving; None if none does."""
-        footprint = self.estimate(made[0])
+        try:
+            footprint = self.estimate(made[0])
+        except InputError as error:
+            # Another combination may run where this one cannot.
+            self._refused.append(error)
+            return None
         if not self._fits(footprint):
             return None
         best, low, high = (made[0], footprint), 0, len(made)
@@ -137,69 +150,102 @@ class Search:
         length = self._lengths()[-1]
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
-        if self._menu:
-            made = [self._shared(recipe, self._menu[0]) for recipe in made]
-        return min(made, key=lambda one: self.estimate(one).life_peak.reserved_bytes)
+        return min(map(self._smallest_of, made), key=self._reserved)
 
-    def key(self, best_lost: float) -> Callable[[Candidate], tuple[float, ...]]:
-        """The order of aims beyond fitting, the lowest first."""
+    def _smallest_of(self, recipe: Recipe) -> Recipe:
+        """The recipe at the smallest ranks."""
+        return self._shared(recipe, self._menu[0]) if self._menu else recipe
+
+    def _reserved(self, recipe: Recipe) -> float:
+        """The reserved peak; infinite for a recipe that cannot run."""
+        try:
+            return self.estimate(recipe).life_peak.reserved_bytes
+        except InputError:
+            return math.inf
+
+    def ordered(self, fitting: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates by the aims beyond fitting, the best first.
+
+        Qualities and times within their tolerances are alike; then the recipe that
+        departs the least from what is usual, and the one of the least memory.
+        """
+        found = list(fitting)
+        best_lost = min(one.lost_share for one in found)
+        as_good = [one for one in found if self._worse(one, best_lost) == 0]
+        rivals = found if self.prefer == "speed" else as_good
+        fastest = min(one.seconds_per_token for one in rivals)
 
         def order(one: Candidate) -> tuple[float, ...]:
-            worse = max(0.0, one.lost_share - best_lost - QUALITY_TOLERANCE)
-            aims = {
-                "quality": (worse, one.seconds_per_token),
-                "length": (worse, one.seconds_per_token),
-                "speed": (one.seconds_per_token, worse),
-            }
-            return (*aims[self.prefer], one.reserved_bytes)
+            worse = self._worse(one, best_lost)
+            slower = max(0.0, one.seconds_per_token / fastest - 1 - TIME_TOLERANCE)
+            aims = (slower, worse) if self.prefer == "speed" else (worse, slower)
+            return (
+                *aims,
+                choices.departures(one.recipe, self.base),
+                one.reserved_bytes,
+            )
 
-        return order
+        return sorted(found, key=order)
+
+    def _worse(self, one: Candidate, best_lost: float) -> float:
+        return max(0.0, one.lost_share - best_lost - QUALITY_TOLERANCE)
 
     def _best(self, fitting: list[Candidate], rejected: int) -> Found | None:
-        """The first of the best few that is upheld."""
+        """The first of the best few that its verification upholds.
+
+        A finalist that fails says how far the estimate is off, and spares those that
+        are no smaller by as much.
+        """
         if not fitting:
             return None
-        best_lost = min(one.lost_share for one in fitting)
-        ordered = sorted(fitting, key=self.key(best_lost))
-        for one in ordered[:MOST_FINALISTS]:
-            upheld = self._upheld(one)
-            if upheld is not None:
-                candidate, ranked = upheld
+        ordered = self.ordered(fitting)
+        limit, tried = math.inf, 0
+        for one in ordered:
+            smallest = self._smallest_of(one.recipe)
+            needed = self.estimate(smallest).life_peak.reserved_bytes
+            if needed > limit or tried == MOST_FINALISTS:
+                continue
+            tried += 1
+            ranked, verified = self._upheld(one)
+            if self._fits(verified):
+                recipe = one.recipe if ranked is None else ranked.recipe
                 return Found(
                     ranked=ranked,
-                    candidate=candidate,
+                    candidate=dataclasses.replace(
+                        one, recipe=recipe, footprint=verified
+                    ),
                     considered=tuple(ordered),
                     num_rejected=rejected,
                 )
+            limit = min(limit, needed - self._excess(verified))
         return None
 
-    def _upheld(self, one: Candidate) -> tuple[Candidate, Ranked | None] | None:
-        """The candidate with its ranks, tightened until its verification fits."""
-        budget_bytes = self._budget_bytes
-        for _ in range(MOST_FINALISTS):
-            ranked = self._ranked(one.recipe, budget_bytes)
-            if self._linears and ranked is None:
-                return None
-            recipe = one.recipe if ranked is None else ranked.recipe
-            verified = self.verify(recipe)
-            if self._fits(verified):
-                judged = dataclasses.replace(one, recipe=recipe, footprint=verified)
-                kept = ranked and dataclasses.replace(ranked, footprint=verified)
-                return judged, kept
-            if ranked is None:
-                return None
-            budget_bytes -= max(1, self._excess(verified))
-        return None
-
-    def _ranked(self, recipe: Recipe, budget_bytes: int) -> Ranked | None:
+    def _upheld(self, one: Candidate) -> tuple[Ranked | None, Footprint]:
+        """The candidate's ranks and what verifying them says, the smallest at last."""
         if not self._linears:
-            return None
+            return None, self.verify(one.recipe)
+        budget_bytes = self._budget_bytes
+        for _ in range(MOST_TIGHTENINGS):
+            ranked = self._ranked(one.recipe, budget_bytes, self._menu)
+            if ranked is None:
+                break
+            verified = self.verify(ranked.recipe)
+            if self._fits(verified):
+                return ranked, verified
+            budget_bytes -= self._excess(verified)
+        ranked = self._ranked(one.recipe, self._budget_bytes, self._menu[:1])
+        verified = self.verify(self._smallest_of(one.recipe))
+        return ranked, verified
+
+    def _ranked(
+        self, recipe: Recipe, budget_bytes: int, ranks: tuple[int, ...]
+    ) -> Ranked | None:
         return RankSearch(
             recipe=recipe,
             groups=self._groups,
             estimate=self.estimate,
             budget_bytes=budget_bytes,
-            ranks=self._menu,
+            ranks=ranks,
             prior=self.prior,
         ).run()
 
@@ -215,11 +261,13 @@ class Search:
         )
 
     def _fits(self, footprint: Footprint) -> bool:
-        return footprint.failed_moment is None and self._excess(footprint) <= 0
+        return self._excess(footprint) <= 0
 
     def _excess(self, footprint: Footprint) -> int:
-        reserved = footprint.life_peak.reserved_bytes
-        return max(reserved - self._budget_bytes, footprint.missing_bytes)
+        """Bytes beyond the budget; at least 1 where memory ran out."""
+        if footprint.failed_moment is not None:
+            return max(footprint.missing_bytes, 1)
+        return footprint.life_peak.reserved_bytes - self._budget_bytes
 
     @functools.cached_property
     def _budget_bytes(self) -> int:
@@ -248,14 +296,24 @@ class Search:
     def _rated(self) -> Gpu:
         return rated(self.gpu)
 
-    def _refusal(self) -> InputError:
+    @functools.cached_property
+    def _refused(self) -> list[InputError]:
+        """What was said of combinations that cannot run."""
+        return []
+
+    def _refusal(self, num_rejected: int) -> InputError:
+        """What is missing; or why none runs, where that is it."""
+        if len(self._refused) == num_rejected:
+            return self._refused[-1]
         smallest = self.smallest()
         excess = self._excess(self.estimate(smallest))
+        if excess <= 0:
+            excess = self._excess(self.verify(smallest))
         return InputError(
             "--gpu",
             self.gpu.name,
-            f"is too small: the smallest recipe within the floors needs {excess} bytes "
-            "more",
+            "is too small: the smallest recipe within the floors lacks "
+            f"{format_bytes(excess)}",
             "see `memplan why-not`",
         )
 

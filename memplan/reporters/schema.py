@@ -20,6 +20,7 @@ KINDS = (
     "models",
     "plan",
     "simulation",
+    "why-not",
 )
 
 _TEXT = {"type": "string"}
@@ -48,6 +49,20 @@ _KEYS = {
     "models": ("models",),
     "plan": (*_FOOTPRINT_KEYS, "plan"),
     "simulation": _FOOTPRINT_KEYS,
+    "why-not": (
+        "model",
+        "recipe",
+        "gpu",
+        "fits",
+        "missing_bytes",
+        "floor",
+        "fixes",
+        "of_little_help",
+        "longest_sequence",
+        "longest_sequence_with_a_gib_more",
+        "doubts",
+        "notes",
+    ),
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
 
@@ -80,6 +95,7 @@ def output_schema() -> dict[str, Any]:
             "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
             "plan": _decision_schema(),
+            **_why_not_schema(),
             "trainer": _TEXT,
             "files": _TEXTS,
             "verified": _TEXTS,
@@ -117,6 +133,27 @@ def plan_schema() -> dict[str, Any]:
             "recipe": recipe_schema(),
         },
         "required": ["schema", "kind", *_KEYS["plan"], "versions"],
+    }
+
+
+def _why_not_schema() -> dict[str, Any]:
+    """What `memplan why-not` says besides a footprint's keys."""
+    change = _object(
+        changes={"type": "object"},
+        saved_bytes=_BYTES,
+        missing_bytes=_COUNT,
+        fits={"type": "boolean"},
+        speed={"type": "number"},
+    )
+    breakdown = {"type": "object", "additionalProperties": _BYTES}
+    return {
+        "missing_bytes": _COUNT,
+        "floor": _object(reserved_bytes=_COUNT, moment=_TEXT, breakdown=breakdown),
+        "fixes": {"type": "array", "items": change},
+        "of_little_help": {"type": "array", "items": change},
+        "longest_sequence": _MAYBE_INTEGER,
+        "longest_sequence_with_a_gib_more": _MAYBE_INTEGER,
+        "doubts": _TEXTS,
     }
 
 

@@ -98,7 +98,7 @@ def test_keys_that_were_given_are_kept() -> None:
 def test_nothing_that_fits_is_refused_with_what_is_missing() -> None:
     one = search(architecture=LLAMA, gpu=find_gpu("3.6GB"))
 
-    with pytest.raises(InputError, match=r"needs \d+ bytes more"):
+    with pytest.raises(InputError, match="lacks"):
         one.run()
     smallest = footprint(LLAMA, one.smallest(), one.gpu)
     assert smallest.life_peak.reserved_bytes > one.gpu.budget_bytes
