@@ -32,6 +32,9 @@ QUALITY_TOLERANCE = 0.02
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
 
+SHAPING_KEYS = ("checkpointing", "every_n_layers", "offload", "loss")
+"""Keys that decide what a step keeps, and so how far an estimate may be off."""
+
 MOST_FINALISTS = 6
 """Recipes that are ranked and verified before the search gives up on a length."""
 
@@ -193,17 +196,19 @@ class Search:
     def _best(self, fitting: list[Candidate], rejected: int) -> Found | None:
         """The first of the best few that its verification upholds.
 
-        A finalist that fails says how far the estimate is off, and spares those that
-        are no smaller by as much.
+        A finalist that fails says how far the estimate is off for its checkpointing
+        and loss, and spares those of the same that are no smaller by as much.
         """
         if not fitting:
             return None
         ordered = self.ordered(fitting)
-        limit, tried = math.inf, 0
+        limits: dict[tuple[Any, ...], float] = {}
+        tried = 0
         for one in ordered:
             smallest = self._smallest_of(one.recipe)
             needed = self.estimate(smallest).life_peak.reserved_bytes
-            if needed > limit or tried == MOST_FINALISTS:
+            kind = tuple(getattr(one.recipe, key) for key in SHAPING_KEYS)
+            if needed > limits.get(kind, math.inf) or tried == MOST_FINALISTS:
                 continue
             tried += 1
             ranked, verified = self._upheld(one)
@@ -217,7 +222,7 @@ class Search:
                     considered=tuple(ordered),
                     num_rejected=rejected,
                 )
-            limit = min(limit, needed - self._excess(verified))
+            limits[kind] = needed - self._excess(verified)
         return None
 
     def _upheld(self, one: Candidate) -> tuple[Ranked | None, Footprint]:
