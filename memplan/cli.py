@@ -23,8 +23,8 @@ COMMANDS = {
     "models": "List the models that the catalog knows.",
     "plan": "Choose the recipe, and a rank for every module, that fit a card.",
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
-    "why-not": "Say why a recipe does not fit, and what would change that.",
-    "schema": "Print the JSON schema of a recipe file, of a plan or of the output.",
+    "why-not": "Say why a recipe does not fit a card, and what would change that.",
+    "schema": "Print the JSON schema of a recipe, a plan or the output.",
 }
 """Each command with its line of help; its module is of the same name."""
 

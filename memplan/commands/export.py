@@ -65,12 +65,19 @@ def command(  # noqa: PLR0913 - each is an option
         recipe=recipe,
         hash=decision_hash(architecture.name, recipe, gpu),
         predicted=printed.printed.get("peak"),
-        predicted_by=str(printed.printed.get("kind", "recipe")),
+        predicted_by=_predicted_by(printed.printed),
         card=gpu["name"] if isinstance(gpu, Mapping) else None,
     )
     with without_compiler():
         written, statement = exporters.export(task, trainer, Path(out))
     _report(task, trainer, written, statement, as_json)
+
+
+def _predicted_by(printed: Mapping[str, Any]) -> str:
+    """What said the peak: the kind of the object, or what verified the plan."""
+    if isinstance(printed.get("plan"), Mapping):
+        return str(printed["plan"].get("verified_by", "plan"))
+    return str(printed.get("kind", "recipe"))
 
 
 def _report(

@@ -27,7 +27,7 @@ from memplan.model_source import read_config
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
 from memplan.planner.modules import GRANULARITIES
-from memplan.planner.ranks import ROBUST
+from memplan.planner.ranks import DEFAULT_PRIOR, ROBUST
 from memplan.planner.value import priors
 from memplan.recipe import Recipe
 from memplan.reporters import json, terminal
@@ -65,7 +65,7 @@ from memplan.units import parse_size
 @click.option(
     "--prior",
     type=click.Choice([ROBUST, *priors.names()]),
-    default=ROBUST,
+    default=DEFAULT_PRIOR,
     show_default=True,
     help="What a rank is worth.",
 )

@@ -15,5 +15,5 @@ SCHEMAS = {"recipe": recipe_schema, "output": output_schema, "plan": plan_schema
 @click.command()
 @click.argument("which", type=click.Choice([*SCHEMAS]))
 def command(which: str) -> None:
-    """Print the JSON schema of a recipe file, of a plan or of the output."""
+    """Print the JSON schema of a recipe, a plan or the output."""
     click.echo(json.dumps(SCHEMAS[which](), indent=2))

@@ -21,7 +21,7 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
 from memplan.planner.choices import PREFERENCES, Estimate, Floors
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
-from memplan.planner.ranks import ROBUST, Ranked, RankSearch, lost_share, menu
+from memplan.planner.ranks import DEFAULT_PRIOR, Ranked, RankSearch, lost_share, menu
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
@@ -97,7 +97,7 @@ class Search:
     floors: Floors
     prefer: str = PREFERENCES[0]
     granularity: str = "by-type"
-    prior: str = ROBUST
+    prior: str = DEFAULT_PRIOR
     ranks: tuple[int, ...] = choices.RANKS
 
     def run(self) -> Found:

@@ -51,6 +51,8 @@ def report(question: Question, answer: Mapping[str, Any]) -> None:
     terminal.say(f"{answer['model']} on {question.gpu.name}. {verdict}", style="bold")
     _report_floor(answer["floor"])
     _report_changes("what makes it fit", answer["fixes"][:MOST_SHOWN])
+    if not answer["fits"] and not answer["fixes"]:
+        terminal.say("No change of one knob or of two makes it fit; see memplan plan.")
     _report_changes("what hardly helps", answer["of_little_help"])
     terminal.say(_length(answer))
     for doubt in answer["doubts"]:

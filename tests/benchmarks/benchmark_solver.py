@@ -112,9 +112,9 @@ HEADER = """\
 # What the knapsack of ranks costs to solve
 
 `python tests/benchmarks/benchmark_solver.py` writes this file: {count} instances a row
-(3 moments; budgets at {shares} of the range, {seeds} seeds): CPU time, of the
-Lagrangian the median of {runs} runs, and of HiGHS once, asked for a gap of 1e-4. Median
-/ worst of the instances; gaps
+(3 moments; budgets at {shares} of the range, {seeds} seeds). CPU time: of the
+Lagrangian the median of {runs} runs, and of HiGHS once, which is asked for a gap of
+1e-4 and not run where the Lagrangian proves it. Median / worst of the instances; gaps
 are the worst. {machine}.
 
 | model | binaries | Lagrangian, ms | its gap | MILP, s | its gap |
