@@ -120,7 +120,8 @@ def command(  # noqa: PLR0913 - each is an option
         prior=prior,
         alternatives=alternatives,
     )
-    with terminal.progress(f"Planning {architecture.name}", quiet=as_json):
+    title = f"Planning {architecture.name}"
+    with terminal.progress(title, quiet=as_json), without_compiler():
         made = decide.plan(
             architecture,
             gpu,
@@ -150,11 +151,7 @@ def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
     """The closed form's footprint of a recipe on the card."""
     from memplan.estimator import estimate
 
-    def of(recipe: Recipe) -> Footprint:
-        with without_compiler():
-            return estimate(architecture, recipe, gpu)
-
-    return of
+    return lambda recipe: estimate(architecture, recipe, gpu)
 
 
 def simulation_on(
@@ -169,8 +166,7 @@ def simulation_on(
     tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
 
     def of(recipe: Recipe) -> Footprint:
-        with without_compiler():
-            found: Footprint = simulator.simulate(architecture, recipe, tighter)
+        found: Footprint = simulator.simulate(architecture, recipe, tighter)
         capacity_bytes = gpu.budget_bytes + gpu.context_bytes
         return dataclasses.replace(found, capacity_bytes=capacity_bytes)
 

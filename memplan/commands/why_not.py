@@ -17,6 +17,7 @@ from memplan.commands.options import (
     trust_option,
 )
 from memplan.commands.plan import estimate_on, required_gpu
+from memplan.commands.simulate import without_compiler
 from memplan.model_source import read_config
 from memplan.planner.why_not import Question
 from memplan.reporters import json, terminal
@@ -49,7 +50,8 @@ def command(
         gpu=gpu,
         estimate=estimate_on(architecture, gpu),
     )
-    with terminal.progress(f"Looking at {architecture.name}", quiet=as_json):
+    title = f"Looking at {architecture.name}"
+    with terminal.progress(title, quiet=as_json), without_compiler():
         answer = reporter.answer_of(question)
     if as_json:
         json.report_object("why-not", answer)

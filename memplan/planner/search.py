@@ -106,7 +106,8 @@ class Search:
         for length in self._lengths():
             for quantization in choices.quantizations(self.base, self.given):
                 made = [*self._recipes(quantization, length)]
-                fitting = [one for one in map(self.candidate, made) if one is not None]
+                tried = made if self._loads(made) else []
+                fitting = [one for one in map(self.candidate, tried) if one is not None]
                 rejected += len(made) - len(fitting)
                 found = self._best(fitting, rejected)
                 if found is not None:
@@ -115,8 +116,7 @@ class Search:
 
     def candidate(self, recipe: Recipe) -> Candidate | None:
         """The recipe at the largest rank that all can share; None if none fits."""
-        made = [self._shared(recipe, rank) for rank in self._menu] or [recipe]
-        fitting = self._last_that_fits(made)
+        fitting = self._last_that_fits(recipe)
         if fitting is None:
             return None
         best, footprint = fitting
@@ -128,22 +128,24 @@ class Search:
             cost=step_cost(self.architecture, best, self._rated),
         )
 
-    def _last_that_fits(self, made: list[Recipe]) -> tuple[Recipe, Footprint] | None:
-        """The last recipe of a rising list that fits, by halving; None if none does."""
+    def _last_that_fits(self, recipe: Recipe) -> tuple[Recipe, Footprint] | None:
+        """The recipe at the last rank of the menu that fits, by halving."""
+        made = self._smallest_of(recipe)
         try:
-            footprint = self.estimate(made[0])
+            footprint = self.estimate(made)
         except InputError as error:
             # Another combination may run where this one cannot.
             self._refused.append(error)
             return None
         if not self._fits(footprint):
             return None
-        best, low, high = (made[0], footprint), 0, len(made)
+        best, low, high = (made, footprint), 0, len(self._menu)
         while high - low > 1:
             middle = (low + high) // 2
-            footprint = self.estimate(made[middle])
+            made = self._shared(recipe, self._menu[middle])
+            footprint = self.estimate(made)
             if self._fits(footprint):
-                best, low = (made[middle], footprint), middle
+                best, low = (made, footprint), middle
             else:
                 high = middle
         return best
@@ -154,6 +156,15 @@ class Search:
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
         return min(map(self._smallest_of, made), key=self._reserved)
+
+    def _loads(self, made: list[Recipe]) -> bool:
+        """Whether the weights fit, which no other knob changes."""
+        try:
+            moments = self.estimate(self._smallest_of(made[0])).moments
+        except InputError:
+            return True
+        loaded = (m.reserved_bytes for m in moments if m.label == "load")
+        return max(loaded, default=0) <= self._budget_bytes
 
     def _smallest_of(self, recipe: Recipe) -> Recipe:
         """The recipe at the smallest ranks."""
