@@ -119,6 +119,22 @@ class Gpu:
         }
 
     @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Gpu:
+        """The card that `to_json` wrote."""
+        major, minor = map(int, data["compute_capability"].split("."))
+        return cls(
+            name=data["name"],
+            capacity_bytes=data["capacity_bytes"],
+            reserve_bytes=data["reserve_bytes"],
+            context_bytes=data["context_bytes"],
+            compute_capability=(major, minor),
+            memory_bandwidth_gbps=data["memory_bandwidth_gbps"],
+            bf16_dense_tflops=data["bf16_dense_tflops"],
+            native_bf16=data["native_bf16"],
+            assumptions=tuple(data["assumptions"]),
+        )
+
+    @classmethod
     def from_card(
         cls, card: Card, *, os_name: str = "linux", context_bytes: int | None = None
     ) -> Gpu:

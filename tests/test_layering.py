@@ -54,7 +54,7 @@ HEAVY = {
 }
 """What takes long to import, or need not be installed."""
 
-LIGHT_ENOUGH = {"reporters": {"rich"}}
+LIGHT_ENOUGH = {"reporters": {"rich"}, "planner": {"numpy"}}
 """Which heavy packages a part imports all the same whenever it is imported."""
 
 BEHIND_THE_WALL = {"inspector", "training", "simulator", "profiler", "callback"}

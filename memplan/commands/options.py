@@ -18,7 +18,14 @@ from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.life import MERGE_PLACES, LifeOptions
-from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
+from memplan.recipe import (
+    Printed,
+    Recipe,
+    field_names,
+    parse_option,
+    read_printed_text,
+    read_recipe_text,
+)
 from memplan.runs import FOLDER as RUNS_FOLDER
 from memplan.units import parse_size
 
@@ -191,12 +198,21 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
 
     Takes the recipe's options out of the command's.
     """
+    recipe, model, _ = take_given_recipe(options)
+    return recipe, model
+
+
+def take_given_recipe(
+    options: dict[str, Any],
+) -> tuple[Recipe, str | None, frozenset[str]]:
+    """The recipe and the model likewise, and the keys that were given."""
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
     overrides = take_given_keys(options)
     for name in field_names():
         del options[name]
-    return Recipe.from_mapping(keys | overrides), model
+    settled = keys | overrides
+    return Recipe.from_mapping(settled), model, frozenset(settled)
 
 
 def take_given_keys(options: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +229,11 @@ def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
     return read_recipe_text(_read_text(file), "--recipe")
 
 
+def read_printed_file(file: str) -> Printed:
+    """What a plan, a recipe file or a printed object says; `-` is stdin."""
+    return read_printed_text(_read_text(file, "PLAN"), "PLAN")
+
+
 def model_argument(model: str | None, named: str | None) -> str:
     """The model that is asked for: the argument, else what the recipe file names."""
     if model is None and named is None:
@@ -225,7 +246,7 @@ def model_argument(model: str | None, named: str | None) -> str:
     return model if model is not None else str(named)
 
 
-def _read_text(file: str) -> str:
+def _read_text(file: str, field: str = "--recipe") -> str:
     remedy = "give a readable JSON or YAML file"
     try:
         if file == "-":
@@ -234,12 +255,12 @@ def _read_text(file: str) -> str:
             with Path(file).open("rb") as opened:
                 data = opened.read(LARGEST_RECIPE_BYTES + 1)
         if len(data) > LARGEST_RECIPE_BYTES:
-            raise InputError("--recipe", file, "is larger than 1 MiB", remedy)
+            raise InputError(field, file, "is larger than 1 MiB", remedy)
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         problem = f"cannot be read ({reason})"
-        raise InputError("--recipe", file, problem, remedy) from error
+        raise InputError(field, file, problem, remedy) from error
 
 
 def _decorated(function: Function, options: Any) -> Function:

@@ -45,6 +45,11 @@ def report_list(kind: str, entries: list[dict[str, Any]]) -> None:
     _print({"kind": kind, kind: entries})
 
 
+def report_object(kind: str, body: Mapping[str, Any]) -> None:
+    """Prints an object of a kind."""
+    _print({"kind": kind, **body})
+
+
 def footprint_object(  # noqa: PLR0913 - each is a key of the object
     kind: str,
     model: str,

@@ -6,6 +6,8 @@ from typing import Any
 
 from memplan import profile
 from memplan.footprint import CATEGORIES
+from memplan.plan import HASH_DIGITS
+from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
 
 KINDS = (
@@ -13,6 +15,7 @@ KINDS = (
     "comparison",
     "estimate",
     "explanation",
+    "export",
     "fits",
     "gpus",
     "machine",
@@ -21,10 +24,12 @@ KINDS = (
     "plan",
     "runs",
     "simulation",
+    "why-not",
 )
 
 _TEXT = {"type": "string"}
 _NUMBER = {"type": "number"}
+_TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
 _MAYBE_TEXT = {"type": ["string", "null"]}
@@ -47,12 +52,28 @@ _KEYS = {
     "comparison": ("runs", "groups", "left_out"),
     "estimate": _FOOTPRINT_KEYS,
     "explanation": ("run", "ways"),
+    "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
     "gpus": ("gpus",),
     "machine": ("machine", "file"),
     "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
     "runs": ("runs",),
+    "plan": (*_FOOTPRINT_KEYS, "plan"),
     "simulation": _FOOTPRINT_KEYS,
+    "why-not": (
+        "model",
+        "recipe",
+        "gpu",
+        "fits",
+        "missing_bytes",
+        "floor",
+        "fixes",
+        "of_little_help",
+        "longest_sequence",
+        "longest_sequence_with_a_gib_more",
+        "doubts",
+        "notes",
+    ),
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
 
@@ -84,6 +105,12 @@ def output_schema() -> dict[str, Any]:
             "parameters": _object(total=_COUNT, trainable=_MAYBE_INTEGER),
             "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
+            "plan": _decision_schema(),
+            **_why_not_schema(),
+            "trainer": _TEXT,
+            "files": _TEXTS,
+            "verified": _TEXTS,
+            "unverified": _TEXTS,
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
             "runs": _list_of(id=_TEXT, card=_TEXT, outcome=_TEXT),
@@ -162,6 +189,67 @@ def profile_schema() -> dict[str, Any]:
         **_object(**properties),
         "additionalProperties": False,
     }
+
+
+def plan_schema() -> dict[str, Any]:
+    """A plan's file: what `memplan plan --json` prints."""
+    output = output_schema()
+    properties = output["properties"]
+    kept = {key: properties[key] for key in ("schema", *_KEYS["plan"], "versions")}
+    return {
+        "$schema": output["$schema"],
+        "title": "memplan plan",
+        "description": "A recipe that fits a card, and why it was chosen. It is read "
+        "wherever a recipe file is.",
+        "type": "object",
+        "properties": {
+            **kept,
+            "kind": {"const": "plan"},
+            "recipe": recipe_schema(),
+        },
+        "required": ["schema", "kind", *_KEYS["plan"], "versions"],
+    }
+
+
+def _why_not_schema() -> dict[str, Any]:
+    """What `memplan why-not` says besides a footprint's keys."""
+    change = _object(
+        changes={"type": "object"},
+        saved_bytes=_BYTES,
+        missing_bytes=_COUNT,
+        fits={"type": "boolean"},
+        speed={"type": "number"},
+    )
+    breakdown = {"type": "object", "additionalProperties": _BYTES}
+    return {
+        "missing_bytes": _COUNT,
+        "floor": _object(reserved_bytes=_COUNT, moment=_TEXT, breakdown=breakdown),
+        "fixes": {"type": "array", "items": change},
+        "of_little_help": {"type": "array", "items": change},
+        "longest_sequence": _MAYBE_INTEGER,
+        "longest_sequence_with_a_gib_more": _MAYBE_INTEGER,
+        "doubts": _TEXTS,
+    }
+
+
+def _decision_schema() -> dict[str, Any]:
+    """What a plan says besides its footprint."""
+    number = {"type": ["number", "null"]}
+    rejected = _object(changes={"type": "object"}, reason=_TEXT, missing_bytes=_BYTES)
+    return _object(
+        hash={"type": "string", "pattern": f"^[0-9a-f]{{{HASH_DIGITS}}}$"},
+        budget_bytes=_BYTES,
+        margin_bytes=_MAYBE_INTEGER,
+        verified_by={"enum": ["simulation", "estimate"]},
+        prefer=_TEXT,
+        prior=_TEXT,
+        tier={"enum": ["T0", "T1", "T2"]},
+        solution={"type": "object"},
+        regrets={"type": "object", "additionalProperties": number},
+        reasons={"type": "array", "items": _TEXT},
+        alternatives={"type": "array", "items": {"type": "object"}},
+        rejected={"type": "array", "items": rejected},
+    )
 
 
 def _architecture_schema() -> dict[str, Any]:
