@@ -32,6 +32,13 @@ trust_option = click.option(
     help="Run Python code that the model's repository brings.",
 )
 
+lengths_option = click.option(
+    "--lengths",
+    "lengths_file",
+    metavar="FILE",
+    help="How long the samples are: JSONL of texts or token counts, or a histogram.",
+)
+
 
 def gpu_options(function: Function) -> Function:
     """The options that say which card, and what of it is kept back."""
@@ -150,13 +157,17 @@ def _spelt_out(args: list[str]) -> Iterator[str]:
 
 def recipe_options(function: Function) -> Function:
     """`--recipe` and one option for each key of a recipe."""
-    options = [
-        click.option(
-            "--recipe",
-            "recipe_file",
-            help="A recipe file, or - for standard input; options given as well win.",
-        )
-    ]
+    file_option = click.option(
+        "--recipe",
+        "recipe_file",
+        help="A recipe file, or - for standard input; options given as well win.",
+    )
+    return file_option(key_options(function))
+
+
+def key_options(function: Function) -> Function:
+    """One option for each key of a recipe."""
+    options = []
     for field in dataclasses.fields(Recipe):
         names = [f"--{field.name.replace('_', '-')}", *_ALIASES.get(field.name, ())]
         options.append(
@@ -179,15 +190,28 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
 
     Takes the recipe's options out of the command's.
     """
+    keys, model = take_recipe_keys(options)
+    return Recipe.from_mapping(keys), model
+
+
+def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The keys that the command's options give, and the model that their file names.
+
+    Takes the recipe's options out of the command's.
+    """
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
+    return keys | take_keys(options), model
+
+
+def take_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The keys that are given as options of their own; takes all of these out."""
     given = {name: options.pop(name) for name in field_names()}
-    overrides = {
+    return {
         name: parse_option(name, text)
         for name, text in given.items()
         if text is not None
     }
-    return Recipe.from_mapping(keys | overrides), model
 
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
