@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import click
@@ -109,6 +108,9 @@ def print_object(obj: Mapping[str, Any]) -> None:
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions of memplan and of the packages whose behaviour it derives."""
+    # Its import costs a tenth of an estimate, and only --json asks for versions.
+    from importlib import metadata
+
     found = {"memplan": __version__}
     for package in _PACKAGES:
         try:
