@@ -216,9 +216,16 @@ def _whole(where: str, value: Any, least: int) -> int:
 def tokens_of(texts: Iterable[str], model: str) -> list[int]:
     """How many tokens a model's tokenizer makes of each text.
 
-    Raises MissingExtraError without transformers, InputError where the tokenizer cannot
-    be read.
+    Raises MissingExtraError without transformers, InputError where no model is named or
+    its tokenizer cannot be read.
     """
+    if not model:
+        raise InputError(
+            FIELD,
+            "texts",
+            "need the tokenizer of a model, and none is named",
+            "name a MODEL, or give token counts",
+        )
     try:
         from memplan.training import tokens
     except ModuleNotFoundError as error:

@@ -140,6 +140,23 @@ def test_lengths_set_the_sequence_and_say_what_is_covered(tmp_path: Path) -> Non
     assert "100.0%" in ran.out
 
 
+@pytest.mark.usefixtures("catalog")
+def test_texts_need_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "texts"
+    file.write_text('{"text": "a b c"}')
+    ran = run("fits", "--gpu", "12GB", "--lengths", str(file))
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "name a MODEL" in ran.err
+
+
+def test_a_machine_without_a_driver_cannot_be_read() -> None:
+    ran = run("fits", "--gpu", "auto")
+    if ran.code == 2:
+        assert ran.out == ""
+        assert "--gpu: 'auto'" in ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from memplan import estimator, lengths
+from memplan import estimator
 from memplan.architecture import Architecture
 from memplan.batching import Batch, batches, longest_batch
 from memplan.catalog import architecture_of
@@ -15,6 +15,7 @@ from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
     json_option,
+    lengths_of,
     lengths_option,
     model_argument,
     recipe_options,
@@ -60,7 +61,7 @@ def command(
         model_argument(model, named), trust_remote_code=trust_remote_code
     )
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
-    found = read_lengths(lengths_file, source.name, keys)
+    found = lengths_of(lengths_file, source.name, keys)
     if found is not None:
         recipe = longest_batch(recipe, found, padded=keys.get("padded"))
     estimate = estimator.run(architecture, recipe, gpu)
@@ -92,15 +93,6 @@ def command(
         _report_rest(architecture, recipe, room, found, made)
         report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
     return 1 if footprint.fits is False else 0
-
-
-def read_lengths(file: str | None, model: str, keys: dict[str, Any]) -> Lengths | None:
-    """The lengths that a command's option names, cut to the sequence that is given."""
-    if file is None:
-        return None
-    found = lengths.read_lengths(file, lambda texts: lengths.tokens_of(texts, model))
-    limit = keys.get("sequence_length")
-    return found if limit is None else found.cut(Recipe(sequence_length=limit).tokens)
 
 
 def lengths_json(found: Lengths | None, made: Sequence[Batch]) -> dict[str, Any]:

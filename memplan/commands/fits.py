@@ -11,12 +11,12 @@ import click
 from memplan.architecture import Architecture
 from memplan.batching import longest_batch
 from memplan.catalog import architecture_of, catalog_models
-from memplan.commands.estimate import read_lengths
 from memplan.commands.models import of_family
 from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
     json_option,
+    lengths_of,
     lengths_option,
     recipe_options,
     take_gpu,
@@ -85,7 +85,7 @@ def command(  # noqa: PLR0913 - each is an option
         raise InputError("--gpu", "", "is missing", remedy)
     given = models or ((named,) if named else ())
     chosen = _models(given, family, max_params, trust_remote_code=trust_remote_code)
-    found = read_lengths(lengths_file, given[0] if given else "", keys)
+    found = lengths_of(lengths_file, given[0] if given else "", keys)
     if found is not None:
         recipe = Recipe.from_mapping({**DEFAULTS, **keys})
         longest = longest_batch(recipe, found, padded=keys.get("padded"))

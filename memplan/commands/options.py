@@ -14,6 +14,7 @@ import click
 from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
+from memplan.lengths import Lengths, read_lengths, tokens_of
 from memplan.life import MERGE_PLACES, LifeOptions
 from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
 from memplan.units import parse_size
@@ -76,6 +77,20 @@ def take_gpu(options: dict[str, Any]) -> Gpu | None:
         context_bytes=_size(context, "--context"),
         os_name=os_name,
     )
+
+
+def lengths_of(file: str | None, model: str, keys: dict[str, Any]) -> Lengths | None:
+    """The lengths in the file that is named, cut to the sequence that is given.
+
+    `model` is whose tokenizer texts are for.
+    """
+    if file is None:
+        return None
+    found = read_lengths(file, lambda texts: tokens_of(texts, model))
+    limit = keys.get("sequence_length")
+    if limit is None:
+        return found
+    return found.cut(Recipe(sequence_length=limit).sequence_length)
 
 
 def life_options(function: Function) -> Function:

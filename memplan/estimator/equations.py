@@ -67,7 +67,7 @@ WORDS: Mapping[str, str] = {
 }
 """Each term's equation in words; methods other than LoRA count their own shapes."""
 
-ROUNDING = "rounding each tensor up to 512 bytes"
+ROUNDING = "what the allocator adds, which rounds blocks up"
 
 
 def terms(estimate: Estimate) -> tuple[Term, ...]:
@@ -232,6 +232,11 @@ def _workspace(estimate: Estimate) -> Iterator[Share]:
     yield Share(text=f"cuBLAS handles of {threads}", num_bytes=there)
 
 
+def _context(estimate: Estimate) -> Iterator[Share]:
+    there = estimate.footprint.breakdown["context"]
+    yield Share(text=f"as it is planned for {estimate.parts.gpu.name}", num_bytes=there)
+
+
 def _whole(name: str) -> Callable[[Estimate], Iterator[Share]]:
     """A term that is one number."""
 
@@ -261,6 +266,6 @@ _SHARES: Mapping[str, Callable[[Estimate], Iterator[Share]]] = {
     "logits": _logits,
     "workspace": _workspace,
     "cache": _whole("cache"),
-    "context": _whole("context"),
+    "context": _context,
     "paged": _whole("paged"),
 }

@@ -67,11 +67,15 @@ def report_models(answers: Sequence[Answer], gpu: Gpu, lengths: Lengths | None) 
     recipe = answers[0].recipe if answers else Recipe()
     terminal.say(_headline(gpu, recipe))
     covered = () if lengths is None else ("samples",)
-    terminal.table(
-        ("model", "way", "fits", "on the device", "to spare", "longest", *covered),
-        [_model_row(answer, lengths) for answer in answers],
-        right=("on the device", "to spare", "longest", *covered),
-    )
+    for architecture in dict.fromkeys(answer.architecture.name for answer in answers):
+        of_model = [one for one in answers if one.architecture.name == architecture]
+        count = format_count(of_model[0].architecture.total_parameters)
+        terminal.table(
+            ("way", "fits", "device", "to spare", "longest", *covered),
+            [_way_row(answer, lengths) for answer in of_model],
+            right=("device", "to spare", "longest", *covered),
+            title=f"\n{architecture}, {count} parameters:",
+        )
     for answer in answers:
         if answer.problem:
             name = answer.architecture.name
@@ -143,9 +147,9 @@ def _report_way(
     more = f", the {len(shown)} largest:" if len(shown) < len(fitting) else ":"
     covered = () if lengths is None else ("samples",)
     terminal.table(
-        ("model", "parameters", "on the device", "to spare", "longest", *covered),
+        ("model", "parameters", "device", "to spare", "longest", *covered),
         [_row(answer, lengths) for answer in shown],
-        right=("parameters", "on the device", "to spare", "longest", *covered),
+        right=("parameters", "device", "to spare", "longest", *covered),
         title=title + more,
     )
 
@@ -162,9 +166,8 @@ def _row(answer: Answer, lengths: Lengths | None) -> tuple[str, ...]:
     )
 
 
-def _model_row(answer: Answer, lengths: Lengths | None) -> tuple[str, ...]:
+def _way_row(answer: Answer, lengths: Lengths | None) -> tuple[str, ...]:
     return (
-        answer.architecture.name,
         answer.way.name,
         "cannot run" if answer.problem else "yes" if answer.fits else "no",
         _size(answer.device_bytes),
