@@ -164,6 +164,24 @@ def what_fits(
             yield _answer(architecture, way, shaped, gpu, thorough=thorough)
 
 
+def ranked(answers: Sequence[Answer], asked: Sequence[Way]) -> list[Answer]:
+    """The answers way by way: what fits first, the largest model at the top.
+
+    What does not fit comes after it, the smallest model first.
+    """
+
+    def place(answer: Answer) -> tuple[int, bool, int, str]:
+        size = answer.architecture.total_parameters
+        return (
+            asked.index(answer.way),
+            not answer.fits,
+            -size if answer.fits else size,
+            answer.architecture.name.casefold(),
+        )
+
+    return sorted(answers, key=place)
+
+
 def least_weights_bytes(architecture: Architecture, recipe: Recipe) -> int:
     """Fewer bytes than the weights can take: what is quantised without its state."""
     bits = quantizations.find(recipe.quantization).bits

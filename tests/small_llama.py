@@ -6,11 +6,12 @@ import functools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.catalog import inspect
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 512,

@@ -10,11 +10,13 @@ from small_llama import architecture
 from memplan import estimator
 from memplan.catalog import inspect
 from memplan.errors import InputError, UnknownNameError
-from memplan.fits import Way, least_weights_bytes, ways, what_fits
+from memplan.fits import Answer, Way, least_weights_bytes, ranked, ways, what_fits
+from memplan.footprint import Footprint, Moment
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
 
 CARD = find_gpu("12GB")
+MOMENT = Moment(label="1.forward", allocated_bytes=1, reserved_bytes=1)
 
 
 def test_the_usual_ways_are_four() -> None:
@@ -67,6 +69,33 @@ def test_an_answer_is_the_estimate_of_its_recipe() -> None:
         assert answer.footprint == estimator.estimate(architecture(), recipe, CARD)
         assert answer.fits
         assert answer.longest_sequence == architecture().max_positions
+
+
+def test_the_largest_that_fits_comes_first() -> None:
+    names = (
+        "Qwen/Qwen2.5-7B",
+        "meta-llama/Llama-2-70b-hf",
+        "meta-llama/Llama-2-13b-hf",
+    )
+    lora = Way(method="lora", quantization="none")
+    fitting, *large = (
+        Answer(
+            architecture=inspect(name),
+            way=lora,
+            recipe=Recipe(),
+            footprint=Footprint(
+                moments=(MOMENT,), context_bytes=0, capacity_bytes=capacity
+            ),
+        )
+        for name, capacity in zip(names, (2, 0, 0), strict=True)
+    )
+    larger = dataclasses.replace(
+        fitting, architecture=inspect("meta-llama/Meta-Llama-3-8B")
+    )
+    full = dataclasses.replace(fitting, way=Way(method="full", quantization="none"))
+    found = ranked([*large, fitting, full, larger], [full.way, lora])
+
+    assert found == [full, larger, fitting, large[1], large[0]]
 
 
 def test_what_weighs_more_than_the_card_is_not_estimated() -> None:

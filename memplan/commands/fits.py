@@ -24,7 +24,7 @@ from memplan.commands.options import (
     trust_option,
 )
 from memplan.errors import InputError
-from memplan.fits import DEFAULTS, Answer, ways, what_fits
+from memplan.fits import DEFAULTS, Answer, ranked, ways, what_fits
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import fits as reporter
@@ -96,6 +96,8 @@ def command(  # noqa: PLR0913 - each is an option
         for answer in what_fits(chosen, asked, keys, gpu, thorough=bool(given)):
             answers.append(answer)
             told(answer.architecture.name)
+    if not given:
+        answers = ranked(answers, asked)
     notes = (*gpu.assumptions, *_notes(answers, given))
     if as_json:
         json.report_fits(gpu, keys, answers, notes, found)

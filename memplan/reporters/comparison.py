@@ -18,7 +18,10 @@ def report(sides: tuple[Side, ...]) -> None:
     """Prints what each side takes, and how much more than the first."""
     letters = ascii_uppercase[: len(sides)]
     for letter, side in zip(letters, sides, strict=True):
-        terminal.say(f"{letter}: {side.name}, {side.model} ({side.kind})")
+        peak = side.footprint.peak.label
+        terminal.say(
+            f"{letter}: {side.name}, {side.model} ({side.kind}), peak in {peak}"
+        )
     found = differences(sides)
     _report_recipes(letters, found)
     _report("at the peak", sides, found, lambda one: one.breakdown)

@@ -32,21 +32,6 @@ COLUMNS = (
 """What CSV and Markdown hold of an answer."""
 
 
-def ranked(answers: Sequence[Answer], way: Way) -> list[Answer]:
-    """A way's answers: what fits first, the largest model at the top."""
-    of_way = [answer for answer in answers if answer.way == way]
-    return sorted(
-        of_way,
-        key=lambda answer: (
-            not answer.fits,
-            -answer.architecture.total_parameters
-            if answer.fits
-            else answer.architecture.total_parameters,
-            answer.architecture.name.casefold(),
-        ),
-    )
-
-
 def report(
     answers: Sequence[Answer],
     ways: Sequence[Way],
@@ -54,11 +39,12 @@ def report(
     top: int | None,
     lengths: Lengths | None,
 ) -> None:
-    """Prints for each way the largest models that fit; `top` of them, or all."""
+    """Prints for each way the first models that fit; `top` of them, or all."""
     recipe = answers[0].recipe if answers else Recipe()
     terminal.say(_headline(gpu, recipe))
     for way in ways:
-        _report_way(ranked(answers, way), way, top, lengths)
+        of_way = [answer for answer in answers if answer.way == way]
+        _report_way(of_way, way, top, lengths)
     terminal.say(_settings(recipe))
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
-from small_llama import architecture
+from small_llama import CONFIG, architecture
 
 from memplan import estimator
+from memplan.catalog import inspect
 from memplan.estimator.limits import (
     LENGTH_STEP,
     _last_fitting,
@@ -56,6 +59,25 @@ def test_the_model_s_positions_end_sequences() -> None:
     estimate = estimator.run(architecture(), RECIPE, gpu)
 
     assert longest_sequence(estimate, gpu) == architecture().max_positions
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_sequences_outgrow_the_window_of_attention(length: int, tmp_path: Path) -> None:
+    """The longest is the same from either side of the window."""
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(CONFIG | {"model_type": "mistral", "sliding_window": 256})
+    )
+    windowed = inspect(str(file))
+    gpu = card("200MB")
+    recipe = Recipe(sequence_length=length)
+    found = longest_sequence(estimator.run(windowed, recipe, gpu), gpu)
+
+    assert found is not None
+    assert 256 < found < CONFIG["max_position_embeddings"]
+    for tried, expected in ((found, True), (found + LENGTH_STEP, False)):
+        there = dataclasses.replace(recipe, sequence_length=tried)
+        assert estimator.estimate(windowed, there, gpu).fits is expected
 
 
 def test_nothing_fits_where_the_weights_do_not() -> None:
