@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from command_line import run
+from command_line import Ran, run
 from small_llama import architecture, config_file
 
 from memplan.architecture import Architecture
@@ -99,6 +101,38 @@ def test_nothing_that_fits_exits_with_1() -> None:
     assert "LoRA" in ran.out
 
 
+def without_torch(*arguments: str) -> Ran:
+    """Runs where torch is not installed and nothing was traced before."""
+    program = (
+        "import sys\nsys.modules['torch'] = None\nfrom memplan import cli\n"
+        f"sys.exit(cli.run({list(arguments)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=False, text=True
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("estimate", "gpt2"),
+        ("fits", "gpt2", "--gpu", "12GB", "--method", "lora"),
+        ("fits", "--family", "gpt2", "--gpu", "12GB", "--method", "lora"),
+    ],
+)
+def test_without_torch_it_says_which_extra_to_install(
+    arguments: tuple[str, ...],
+) -> None:
+    """For a recipe so odd that it was not traced ahead for the catalog."""
+    odd = ("--attention", "eager", "--dtype", "float32", "--autocast", "float16")
+    ran = without_torch(*arguments, *odd)
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "pip install 'memplan[torch]'" in ran.err
+    assert ran.err.count("\n") == 1
+
+
 def test_memory_is_kept_back() -> None:
     whole = fits(config_file(), "--gpu", "12GB", "--method", "full")
     kept = fits(config_file(), "--gpu", "12GB", "--method", "full", "--reserve", "1GB")
@@ -172,6 +206,10 @@ def test_a_machine_without_a_driver_cannot_be_read() -> None:
         (("--gpu", "12GB", "--max-params", "1"), ("MODEL", "leaves no model")),
         (("--gpu", "12GB", "--max-params", "big"), ("--max-params", "'big'")),
         (("--gpu", "12GB", "--rank", "0"), ("rank", "0")),
+        (
+            (config_file(), "--gpu", "V100-32GB", "--quantization", "int8"),
+            ("MODEL", "'int8'", "7.5", "nf4-double"),
+        ),
         (("--gpu", "12GB", "no-such-model"), ("model", "'no-such-model'")),
     ],
 )

@@ -96,6 +96,7 @@ def command(  # noqa: PLR0913 - each is an option
         for answer in what_fits(chosen, asked, keys, gpu, thorough=bool(given)):
             answers.append(answer)
             told(answer.architecture.name)
+    _check_any(answers)
     if not given:
         answers = ranked(answers, asked)
     notes = (*gpu.assumptions, *_notes(answers, given))
@@ -152,6 +153,15 @@ def _models(
         remedy = "`memplan models` lists them with families and sizes"
         raise InputError("MODEL", asked, "leaves no model to fine-tune", remedy)
     return kept
+
+
+def _check_any(answers: Sequence[Answer]) -> None:
+    """Raises InputError where no model can be trained in any way that was asked for."""
+    if not all(answer.problem for answer in answers):
+        return
+    problem, _, remedy = answers[0].problem.rpartition("; ")
+    told = f"cannot be estimated in any of these ways ({problem})"
+    raise InputError("MODEL", answers[0].architecture.name, told, remedy)
 
 
 def _notes(answers: Sequence[Answer], given: Sequence[str]) -> list[str]:

@@ -127,6 +127,8 @@ def _report_way(
     fitting = [answer for answer in answers if answer.fits]
     shown = fitting[:top]
     title = f"\n{way.name}: {len(fitting)} of {len(answers)} models fit"
+    unknown = sum(bool(answer.problem) for answer in answers)
+    title += f" ({unknown} could not be estimated)" if unknown else ""
     if not fitting:
         terminal.say(f"{title}.", style="bold")
         return
