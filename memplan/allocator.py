@@ -605,10 +605,9 @@ class CachingAllocator:
         requested_bytes = block.requested_bytes
         split_count, split_bytes = self._cache(block)
         for statistics in pool.statistics:
-            statistics.allocation.current -= 1
-            statistics.allocated_bytes.current -= size_bytes
-            statistics.requested_bytes.current -= requested_bytes
-            statistics.change_inactive_split(split_count, split_bytes)
+            statistics.count_free(size_bytes, requested_bytes)
+            if split_count or split_bytes:
+                statistics.change_inactive_split(split_count, split_bytes)
         if size_bytes >= self._max_split_bytes:
             self._oversize_allocations.decrease(1)
 
@@ -732,13 +731,14 @@ class CachingAllocator:
         pool = block.pool
         was_split = block.previous is not None or block.next is not None
         split_count = split_bytes = 0
-        if self._should_split(pool, block.size_bytes - size, size):
+        rest_bytes = block.size_bytes - size
+        if rest_bytes and self._should_split(pool, rest_bytes, size):
             rest = block.split(size)
             pool.insert(rest)
             if was_split:
                 split_bytes = -size
             else:
-                split_count, split_bytes = 1, rest.size_bytes
+                split_count, split_bytes = 1, rest_bytes
         elif was_split:
             split_count, split_bytes = -1, -block.size_bytes
         if self._expandable:
@@ -747,10 +747,9 @@ class CachingAllocator:
         block.allocated = True
         block.requested_bytes = num_bytes
         for statistics in pool.statistics:
-            statistics.change_inactive_split(split_count, split_bytes)
-            statistics.allocation.increase(1)
-            statistics.allocated_bytes.increase(size_bytes)
-            statistics.requested_bytes.increase(num_bytes)
+            statistics.count_malloc(size_bytes, num_bytes)
+            if split_count or split_bytes:
+                statistics.change_inactive_split(split_count, split_bytes)
         if size_bytes >= self._max_split_bytes:
             self._oversize_allocations.increase(1)
 
@@ -1076,6 +1075,30 @@ class _PoolStatistics:
         self.reserved_bytes = _Statistic()
         self.inactive_split_bytes = _Statistic()
         self.requested_bytes = _Statistic()
+
+    def count_malloc(self, size_bytes: int, requested_bytes: int) -> None:
+        """Counts a block as handed out; written out, for every event passes here."""
+        allocation = self.allocation
+        allocation.increased += 1
+        current = allocation.current = allocation.current + 1
+        if current > allocation.peak:
+            allocation.peak = current
+        allocated = self.allocated_bytes
+        allocated.increased += size_bytes
+        current = allocated.current = allocated.current + size_bytes
+        if current > allocated.peak:
+            allocated.peak = current
+        requested = self.requested_bytes
+        requested.increased += requested_bytes
+        current = requested.current = requested.current + requested_bytes
+        if current > requested.peak:
+            requested.peak = current
+
+    def count_free(self, size_bytes: int, requested_bytes: int) -> None:
+        """Counts a block as returned."""
+        self.allocation.current -= 1
+        self.allocated_bytes.current -= size_bytes
+        self.requested_bytes.current -= requested_bytes
 
     def change_inactive_split(self, count: int, num_bytes: int) -> None:
         """Counts free parts of segments that are partly in use; net, as free_block."""

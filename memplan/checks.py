@@ -98,6 +98,11 @@ def _recipe_notes(recipe: Recipe) -> Iterator[str]:
             "Autocast copies frozen float32 weights at every use and keeps the copies "
             "for backward."
         )
+    if recipe.trainer == "trl" and recipe.loss == "liger":
+        yield (
+            "SFTTrainer of TRL 1.16 refuses Liger's fused loss, for it fuses the head "
+            "itself: loss chunked."
+        )
     if recipe.optimizer.startswith("paged-"):
         yield "States of 100,000 numbers and more are paged; smaller ones are not."
 

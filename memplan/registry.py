@@ -27,5 +27,10 @@ def load(folder: str, name: str, field: str) -> Any:
     """The part of that name; `field` is what an error calls the unknown name."""
     if name not in names(folder):
         raise UnknownNameError(field, name, names(folder))
+    return _part(folder, name)
+
+
+@functools.cache
+def _part(folder: str, name: str) -> Any:
     module = importlib.import_module(f"memplan.{folder}.{name.replace('-', '_')}")
     return module.PART

@@ -41,6 +41,8 @@ class Regime:
     trained: bool
     """Whether the parameters outside of linear layers are trained."""
     checkpointed: bool
+    card: str = ""
+    """A card whose kernels' scratch it is; empty for that of most cards."""
 
     @property
     def key(self) -> str:
@@ -48,7 +50,8 @@ class Regime:
         flags = ("casts_output", "padded", "windowed", "trained", "checkpointed")
         on = [flag for flag in flags if getattr(self, flag)]
         kernels = f"{self.attention}/{self.masked_attention}"
-        return " ".join((self.dtype, self.autocast, kernels, *on))
+        told = (self.dtype, self.autocast, kernels, *on, self.card.replace(" ", "-"))
+        return " ".join(told).rstrip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +168,9 @@ class LayerTape:
     """Its net includes the input's gradient, and lacks what forward kept."""
     holds_input: bool
     """Whether the input itself is kept for backward."""
+    sticks: bool
+    """Whether the input is kept as long as the graph, checkpointed or not, as
+    bitsandbytes' int8 product keeps it on its context."""
     kept: tuple[Polynomial, ...]
     """Blocks that are kept from forward to backward."""
 
@@ -250,6 +256,7 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
         passing=_stretch(data["passing"]),
         backward=_stretch(data["backward"]),
         holds_input=data["holds_input"],
+        sticks=data["sticks"],
         kept=tuple(data["kept"]),
     )
 

@@ -12,10 +12,11 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memplan import results, tape
+from memplan import __version__, results, tape
 from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
 from memplan.store import profiles_path, write_bytes
@@ -53,26 +54,32 @@ class TapeFile:
             found: Tape = self._tapes[key]
             return found
         if self._lines is None:
-            self._lines = _read(shipped_path(self._name)) | _read(self._cached_path)
+            self._lines = read_lines(shipped_path(self._name)) | read_lines(
+                self._cached_path
+            )
         line = self._lines.get(key)
         made = read(json.loads(line)) if line is not None else self._trace(key, trace)
         self._tapes[key] = made
         return made
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys that are known without tracing."""
-        return tuple(_read(shipped_path(self._name)) | _read(self._cached_path))
+    def lines(self) -> dict[str, str]:
+        """Every tape that was read or traced, by its key, as a file holds it."""
+        return (self._lines or {}) | {
+            key: text(made) for key, made in self._tapes.items()
+        }
 
     @property
     def _cached_path(self) -> Path | None:
         folder = results.cache_folder("tapes")
-        return None if folder is None else folder / f"{self._name}.tapes.gz"
+        if folder is None:
+            return None
+        return folder / f"{self._name}-{_versions_digest()}.tapes.gz"
 
     def _trace(self, key: str, trace: Callable[[], Tape]) -> Tape:
         made = trace()
         if self._cached_path is not None:
-            lines = _read(self._cached_path) | {key: text(made)}
+            lines = read_lines(self._cached_path) | {key: text(made)}
             with contextlib.suppress(OSError, InputError):
                 self._cached_path.parent.mkdir(parents=True, exist_ok=True)
                 write(self._cached_path, lines)
@@ -103,7 +110,12 @@ def layer_tape(regime: LayerRegime) -> LayerTape:
     def trace() -> LayerTape:
         return _taping(None).trace_layer(regime)
 
-    return _file(LAYERS).find(regime.key, tape.layer_tape, trace)
+    return layers_file().find(regime.key, tape.layer_tape, trace)
+
+
+def layers_file() -> TapeFile:
+    """The tapes of linear layers."""
+    return _file(LAYERS)
 
 
 def file_of(architecture: Architecture) -> TapeFile:
@@ -113,6 +125,21 @@ def file_of(architecture: Architecture) -> TapeFile:
 
 def name_of(architecture: Architecture) -> str:
     """The name of a model's tapes: models of one configuration share them."""
+    known = _NAMES.get(id(architecture))
+    if known is None or known[0] is not architecture:
+        if len(_NAMES) >= _MOST_NAMES:
+            _NAMES.clear()
+        known = _NAMES[id(architecture)] = (architecture, _digest(architecture))
+    return known[1]
+
+
+_NAMES: dict[int, tuple[Architecture, str]] = {}
+"""Names by the identity of an architecture, which is held so that it stays its own."""
+
+_MOST_NAMES = 512
+
+
+def _digest(architecture: Architecture) -> str:
     told = json.dumps(dict(architecture.config), sort_keys=True, default=str)
     digest = hashlib.sha256(told.encode()).hexdigest()[:16]
     return f"{architecture.model_type}-{digest}"
@@ -134,12 +161,26 @@ def write(path: Path, lines: Mapping[str, str]) -> None:
     write_bytes(path, gzip.compress(whole.encode(), mtime=0))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
+def _versions_digest() -> str:
+    """A digest of the versions that tapes depend on; other versions trace anew."""
+    told = [__version__]
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            told.append(metadata.version(package))
+    return hashlib.sha256(" ".join(told).encode()).hexdigest()[:8]
+
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+
+
+@functools.lru_cache(maxsize=512)
 def _file(name: str) -> TapeFile:
     return TapeFile(name)
 
 
-def _read(path: Path | None) -> dict[str, str]:
+def read_lines(path: Path | None) -> dict[str, str]:
+    """Lines by key of a file of tapes; none where it is missing or broken."""
     if path is None or not path.is_file():
         return {}
     try:

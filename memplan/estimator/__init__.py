@@ -53,9 +53,7 @@ def estimate(
     return run(architecture, recipe, gpu).footprint
 
 
-def run(
-    architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None
-) -> Estimate:
+def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> Estimate:
     """The estimate with its parts; errors likewise."""
     notes = checks.check(architecture, recipe, gpu)
     parts = parts_of(architecture, recipe, gpu or _unnamed())
@@ -156,5 +154,3 @@ def _moment(
         reserved_bytes=allocated,
         breakdown=whole,
     )
-
-

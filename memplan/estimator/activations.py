@@ -27,23 +27,33 @@ class LayerBytes:
     forward_peak: Any
     backward_peak: Any
     """Above what was live before its forward."""
+    stuck: Any
+    """Of what is kept, what backward does not release."""
 
 
 class Walk:
     """Live bytes along a tape, and their maximum."""
 
     def __init__(
-        self, sizes: Sizes, holes: tuple[Hole, ...], live: Any = 0, *, accumulates: bool
+        self,
+        sizes: Sizes,
+        holes: tuple[Hole, ...],
+        live: Any = 0,
+        *,
+        accumulates: bool,
     ) -> None:
         self._sizes = sizes
         self._holes = holes
         self._accumulates = accumulates
+        self._recomputing = False
         self._held: dict[int, Any] = {}
         """By hole: the bytes of the input that is kept until its backward."""
         self._done: set[int] = set()
         """Holes whose backward ran."""
         self.live = live
         self.peak = live
+        self.stuck: Any = 0
+        """Bytes that stay live until the graph is dropped."""
 
     def run(self, tape: Tape, *, passing: bool = False) -> None:
         """Walks a tape; `passing` is a checkpoint's first forward."""
@@ -54,8 +64,8 @@ class Walk:
                 self._drop(item, passing=passing)
             elif item.kind == "F":
                 hole = self._holes[item.holes[0]]
-                tape_ = hole.tape.passing if passing else hole.tape.forward
-                self.stretch(tape_, hole.sizes)
+                made = hole.tape.passing if passing else hole.tape.forward
+                self.stretch(made, hole.sizes)
             else:
                 self._back(item.holes[0])
 
@@ -65,18 +75,23 @@ class Walk:
             self.peak = larger(self.peak, live + value(peak, sizes))
         self.live = live + value(stretch.net, sizes)
 
-    def start_again(self) -> Any:
-        """The peak so far; from here on another is looked for."""
+    def start_again(self, *, recomputing: bool) -> Any:
+        """The peak so far; from here on that of the backward is looked for."""
         peak, self.peak = self.peak, self.live
+        self._recomputing = recomputing
         return peak
 
     def _drop(self, mark: Mark, *, passing: bool) -> None:
         """Drops the input of holes, or leaves that to the last that holds it."""
         size = value(mark.size, self._sizes)
+        tapes = {hole: self._holes[hole].tape for hole in mark.holes}
+        if any(tape.sticks for tape in tapes.values()) and not self._recomputing:
+            self.stuck = self.stuck + size
+            return
         holders = [
             hole
-            for hole in mark.holes
-            if self._holes[hole].tape.holds_input and hole not in self._done
+            for hole, tape in tapes.items()
+            if tape.holds_input and hole not in self._done
         ]
         if holders and not passing:
             last = min(holders)
@@ -107,7 +122,9 @@ def layer_bytes(
     """Bytes of one layer."""
     walk = Walk(sizes, holes, accumulates=accumulates)
     walk.run(tape.forward, passing=checkpointed)
-    kept = walk.live
-    forward_peak = walk.start_again()
+    kept, stuck = walk.live, walk.stuck
+    forward_peak = walk.start_again(recomputing=checkpointed)
     walk.run(tape.backward)
-    return LayerBytes(kept=kept, forward_peak=forward_peak, backward_peak=walk.peak)
+    return LayerBytes(
+        kept=kept, forward_peak=forward_peak, backward_peak=walk.peak, stuck=stuck
+    )

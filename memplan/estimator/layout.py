@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,10 +58,8 @@ def layout_of(
     architecture: Architecture, recipe: Recipe, plain: Mapping[str, bool]
 ) -> Layout:
     """The layout; `plain` says by path within a block what may be quantised."""
-    adapted: frozenset[str] = frozenset()
-    if recipe.method != "full":
-        found = methods.adapted_linears(architecture, recipe)
-        adapted = frozenset(path for path, _ in found)
+    alike = not _tells_layers_apart(recipe)
+    adapted = _adapted(architecture, recipe, alike=alike)
 
     def role(linear: Linear, path: str, is_plain: bool) -> Role:
         quantized = is_plain and _is_quantized(linear, path, recipe)
@@ -80,7 +79,6 @@ def layout_of(
             for linear in block.linears
         )
 
-    alike = not _tells_layers_apart(recipe)
     groups: dict[tuple[int, tuple[Role, ...]], int] = {}
     for kind, block in enumerate(architecture.blocks):
         for path in block.paths[:1] if alike else block.paths:
@@ -95,6 +93,23 @@ def layout_of(
             role(linear, linear.path, True) for linear in architecture.linears
         ),
     )
+
+
+def _adapted(
+    architecture: Architecture, recipe: Recipe, *, alike: bool
+) -> frozenset[str]:
+    """Paths of the layers that are adapted; of layers that are alike, the first's."""
+    if recipe.method == "full":
+        return frozenset()
+    if not alike:
+        found = methods.adapted_linears(architecture, recipe)
+        return frozenset(path for path, _ in found)
+    firsts = tuple(
+        dataclasses.replace(block, layers=block.layers[:1])
+        for block in architecture.blocks
+    )
+    few = dataclasses.replace(architecture, blocks=firsts)
+    return frozenset(path for path, _ in methods.adapted_linears(few, recipe))
 
 
 def _tells_layers_apart(recipe: Recipe) -> bool:
@@ -121,5 +136,3 @@ def _is_quantized(linear: Linear, path: str, recipe: Recipe) -> bool:
         re.match(rf"{name}\.", path) or re.match(name, path) or path.endswith(name)
         for name in recipe.unquantized_modules
     )
-
-

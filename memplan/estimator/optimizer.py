@@ -45,7 +45,7 @@ def step_bytes(trained: Trained, recipe: Recipe) -> int:
     tensors = trained.with_gradient
     if not tensors:
         return 0
-    sizes = [t.bytes_each for t in tensors for _ in range(t.count)]
+    sizes = [size for t in tensors for size in t.count * (t.bytes_each,)]
     return optimizers.find(recipe.optimizer).step_bytes(sizes, tensors[0].item)
 
 

@@ -11,8 +11,8 @@ from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.tape import Heads, LayerRegime, LossRegime, Regime
 
-_SAME_SIZE = {"float16": "bfloat16"}
-"""Precisions whose tensors and kernels are of the same sizes."""
+_HALF = {"float16": "bfloat16"}
+"""Half precisions, whose tensors and kernels are of the same sizes."""
 
 _SAME_TAPE = {
     "rslora": "lora",
@@ -21,6 +21,17 @@ _SAME_TAPE = {
     "fp4-double": "nf4-double",
 }
 """Methods and schemes that run as others do: only values or learning rates differ."""
+
+
+def _same_sizes(recipe: Recipe) -> dict[str, str]:
+    """The precisions that may stand for each other: none where both halves occur.
+
+    Then tensors are cast from one to the other.
+    """
+    used = {recipe.dtype, recipe.autocast, recipe.adapter_dtype}
+    if recipe.quantization != "none":
+        used.add(recipe.compute_dtype)
+    return {} if {"float16", "bfloat16"} <= used else _HALF
 
 
 def is_prepared(recipe: Recipe) -> bool:
@@ -62,24 +73,32 @@ def model_regime(
 ) -> Regime:
     """The regime of the model's body."""
     attention, masked = _attention(recipe, gpu, heads)
-    keeps_half = attention in ("eager", "math")
+    same = {} if "eager" in (attention, masked) else _same_sizes(recipe)
     dtype, autocast = dtype_outside(recipe), recipe.autocast
     return Regime(
-        dtype=dtype if keeps_half else _SAME_SIZE.get(dtype, dtype),
-        autocast=autocast if keeps_half else _SAME_SIZE.get(autocast, autocast),
-        casts_output=recipe.autocast != "none" and recipe.quantization == "none",
+        dtype=same.get(dtype, dtype),
+        autocast=same.get(autocast, autocast),
+        casts_output=recipe.quantization == "none"
+        and recipe.autocast not in ("none", dtype),
         attention=attention,
         masked_attention=masked,
         padded=recipe.padded,
         windowed=window is not None and recipe.sequence_length > window,
         trained=recipe.method == "full",
         checkpointed=recipe.checkpointing == "full",
+        card=_card_class(gpu) if "efficient" in (attention, masked) else "",
     )
 
 
-def _attention(
-    recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...]
-) -> tuple[str, str]:
+def _card_class(gpu: Gpu) -> str:
+    """A card whose memory-efficient kernels work on tiles as those of `gpu` do."""
+    if gpu.compute_capability < (8, 0):
+        return "T4"
+    large = gpu.compute_capability in ((8, 0), (9, 0), (10, 0))
+    return "A100-SXM4-80GB" if large else ""
+
+
+def _attention(recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...]) -> tuple[str, str]:
     """The kernels of attention without and with a mask."""
     if recipe.attention == "eager" or not heads:
         return "eager", "eager"
@@ -115,11 +134,11 @@ def _shapes(recipe: Recipe, heads: Heads, *, masked: bool) -> kernels.Shapes:
 
 def loss_regime(recipe: Recipe) -> LossRegime:
     """The regime of head and loss."""
-    dtype = dtype_outside(recipe)
+    dtype, same = dtype_outside(recipe), _same_sizes(recipe)
     return LossRegime(
         loss=recipe.loss,
-        dtype=_SAME_SIZE.get(dtype, dtype),
-        autocast=_SAME_SIZE.get(recipe.autocast, recipe.autocast),
+        dtype=same.get(dtype, dtype),
+        autocast=same.get(recipe.autocast, recipe.autocast),
         float32_outputs=recipe.trainer != "plain" and recipe.autocast != "none",
         trained=recipe.method == "full" or "lm_head" in recipe.trained_modules,
         keeps_output=recipe.keep_outputs != "none",
@@ -130,7 +149,7 @@ def layer_regime(recipe: Recipe, role: Role, input_dtype: str) -> LayerRegime:
     """The regime of a linear layer; what it does not depend on is left as it is."""
     quantization = recipe.quantization if role.quantized else "none"
     quantization = _SAME_TAPE.get(quantization, quantization)
-    same = {} if quantization == "int8" else _SAME_SIZE
+    same = {} if quantization == "int8" else _same_sizes(recipe)
     dtype = recipe.dtype if role.quantized else dtype_outside(recipe)
     regime = LayerRegime(
         method="full" if recipe.method == "full" else "frozen",

@@ -186,6 +186,9 @@ class _Stepper:
         ]
         self._loss = loss_bytes(parts.loss, self._tokens)
         self._kept = sum(part.group.count * layer.kept for part, layer in self._layers)
+        self._stuck = sum(
+            part.group.count * layer.stuck for part, layer in self._layers
+        )
         self._start = value(parts.tape.before.net, self._sizes)
 
     def step(self) -> Step:
@@ -194,7 +197,7 @@ class _Stepper:
             kept=self._kept,
             forward=(*self._forward(), *forward),
             backward=(*backward, *self._backward(rest)),
-            left=self._loss.left,
+            left=self._loss.left + self._stuck_in_output,
         )
 
     def _layer(self, part: GroupPart, tokens: Any) -> LayerBytes:
@@ -226,14 +229,10 @@ class _Stepper:
         """The embedding and the masks, then the last layer of each kind."""
         gradients = self._parts.gradients if self._accumulates else 0
         for peak in self._parts.tape.before.peaks:
-            yield Candidate(
-                activations=value(peak, self._sizes), gradients=gradients
-            )
+            yield Candidate(activations=value(peak, self._sizes), gradients=gradients)
         for _, layer in self._layers:
             below = self._start + self._kept - layer.kept
-            yield Candidate(
-                activations=below + layer.forward_peak, gradients=gradients
-            )
+            yield Candidate(activations=below + layer.forward_peak, gradients=gradients)
 
     def _around_loss(self) -> tuple[list[Candidate], list[Candidate], Any]:
         """The points in norm, head and loss, and what is live besides the pile then."""
@@ -295,13 +294,23 @@ class _Stepper:
             yield Candidate(
                 activations=rest + pile + layer.backward_peak, gradients=top
             )
-            yield Candidate(activations=rest + layer.backward_peak, gradients=bottom)
+            stuck = self._stuck - layer.stuck
+            yield Candidate(
+                activations=rest + stuck + layer.backward_peak, gradients=bottom
+            )
         if full:
             scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
-            again = embedding if self._is_tied or self._accumulates else 0
+            # The head's part is a transposed view, so that the sum is a third tensor.
+            again = 2 * self._is_tied + self._accumulates
             yield Candidate(
-                activations=rest + scratch + again, gradients=parts.gradients
+                activations=rest + self._stuck + scratch + again * embedding,
+                gradients=parts.gradients,
             )
+
+    @property
+    def _stuck_in_output(self) -> Any:
+        """What the graph keeps, as long as the caller holds the loss."""
+        return self._stuck if self._parts.recipe.keep_outputs != "none" else 0
 
     @property
     def _is_tied(self) -> bool:
@@ -313,8 +322,6 @@ class _Stepper:
         architecture = self._parts.architecture
         numbers = architecture.vocab_size * architecture.hidden_size
         return numbers * DTYPE_BYTES[self._parts.recipe.dtype]
-
-
 
 
 def most(candidates: tuple[Candidate, ...]) -> Any:
@@ -336,5 +343,3 @@ def workspaces(parts: Parts) -> tuple[int, int]:
     again = parts.recipe.checkpointing == "full"
     light = LT_WORKSPACE_BYTES if biased else 0
     return one + light, 2 * one + light + (light if again else 0)
-
-

@@ -102,9 +102,7 @@ def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
     for block in architecture.blocks:
         for parameter in block.parameters:
             if is_named(parameter.path.rpartition(".")[0]):
-                yield Tensors(
-                    shape=parameter.shape, count=len(block.layers), item=item
-                )
+                yield Tensors(shape=parameter.shape, count=len(block.layers), item=item)
 
 
 def _all(

@@ -61,9 +61,7 @@ def weight_bytes(
             prepare_peak=handed_out,
         )
     codes = sum(count * _rounded(sizes[0]) for sizes, count, _ in quantized)
-    state = sum(
-        count * sum(map(_rounded, sizes[1:])) for sizes, count, _ in quantized
-    )
+    state = sum(count * sum(map(_rounded, sizes[1:])) for sizes, count, _ in quantized)
     loaded = sum(count * _rounded(item * n) for n, count in others)
     copy = item * max((numbers for _, _, numbers in quantized), default=0)
     final_item = 4 if is_prepared(recipe) else item

@@ -34,7 +34,7 @@ class Loss(ABC):
         """Sentences on what the loss asks of a card, and on what it leaves out."""
         return ()
 
-    def run(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    def run(self, model: nn.Module, batch: dict[str, Any]) -> Any:
         """The model's outputs for a batch with labels."""
         return model(**batch)
 

@@ -20,7 +20,7 @@ NAME = "liger"
 
 
 class Liger(Loss):
-    """Liger's loss alone; in evaluation it leaves the model's own."""
+    """Liger's loss alone; in evaluation it leaves the model's own, unless asked."""
 
     summary: ClassVar[str] = "Liger's fused linear cross-entropy, chunks of logits"
 

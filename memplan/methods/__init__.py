@@ -258,10 +258,14 @@ def adapted_linears(
 def check_shapes(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError where a layer's shape or rank does not suit the method."""
     method = find(recipe.method)
+    differ = bool(recipe.rank_pattern or recipe.lambda_pattern)
+    seen: set[int] = set()
     for path, linear in adapted_linears(architecture, recipe):
-        method.check_linear(
-            path, linear, rank_at(recipe, path), options_at(recipe, path)
-        )
+        if differ or id(linear) not in seen:
+            seen.add(id(linear))
+            method.check_linear(
+                path, linear, rank_at(recipe, path), options_at(recipe, path)
+            )
 
 
 def check_divides(field: str, divisor: int, path: str, **sides: int) -> None:

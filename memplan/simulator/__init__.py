@@ -17,7 +17,7 @@ from torch import nn
 from memplan import checks, optimizers
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
-from memplan.footprint import Footprint
+from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.life import CARD, HOST, NO_LIFE, Life
 from memplan.recipe import Recipe
@@ -27,13 +27,8 @@ from memplan.simulator.events import EventLog
 from memplan.simulator.host import Traced, Trained, host_bytes
 from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
-from memplan.simulator.repetition import (
-    Pattern,
-    expand,
-    find_pattern,
-    multiplicity,
-    shorten,
-)
+from memplan.simulator.pattern import Pattern, find_pattern
+from memplan.simulator.repetition import expand
 from memplan.simulator.replay import Replay, replay, samples
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
@@ -50,8 +45,8 @@ TRACED_MICRO_BATCHES = 2
 UNNAMED_CARD = "80GB"
 """What stands for the card where none is named; its kernels are those of 8.6."""
 
-MISSING_SEARCH_STEPS = 8
-"""Halvings of the range in which the smallest sufficient memory is looked for."""
+MISSING_PRECISION = 128
+"""What is missing is found to one part in so many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,12 +203,9 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
 
     with no_warnings(), no_initialization():
         with phase("load"):
-            model = training_model.build(architecture, recipe)
-            Loader(tracer, recipe).load(model)
-            loaded_modules = list(log.modules)
-            left_out = shorten(model, pattern) if pattern else None
-            if pattern is not None:
-                log.modules[:] = [pattern.renumber(path) for path in loaded_modules]
+            kept = pattern.kept_layers if pattern else None
+            model = training_model.build(architecture, recipe, kept)
+            Loader(tracer, recipe, lambda path: _num_copies(path, pattern)).load(model)
         with (
             Reroute(tracer, recipe).installed(),
             repeated_heads(recipe.attention),
@@ -236,11 +228,9 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             lived.reach_milestone(loop, task.steps)
             lived.after_steps(task.life)
             tracer.stop()
-    del left_out
-    log.modules[: len(loaded_modules)] = loaded_modules
     if pattern is not None:
         gradients = (len(trained), sum(one.copies for one in trained))
-        expanded = expand(log, loaded_modules, pattern, gradients)
+        expanded = expand(log, pattern, gradients)
         if expanded is None:
             return None
         log = expanded
@@ -261,7 +251,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
 def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     return tuple(
         Trained(
-            copies=_num_copies(name, pattern),
+            copies=_num_copies(name.removeprefix(PEFT_PREFIX), pattern),
             shape=tuple(parameter.shape),
             element_bytes=parameter.element_size(),
         )
@@ -270,10 +260,9 @@ def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     )
 
 
-def _num_copies(name: str, pattern: Pattern | None) -> int:
+def _num_copies(path: str, pattern: Pattern | None) -> int:
     """How many parameters of the whole model a traced one stands for."""
-    path = name.removeprefix(PEFT_PREFIX)
-    return 1 if pattern is None else multiplicity(pattern, path)
+    return 1 if pattern is None else pattern.multiplicity(path)
 
 
 def _replay_on_card(
@@ -291,16 +280,21 @@ def _replay_on_card(
         return limited, 0
     unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
-    enough = max(moment.reserved_bytes for moment in unlimited.moments)
-    return unlimited, _smallest_budget(log, settings, gpu, enough) - gpu.budget_bytes
+    enough = _smallest_budget(log, settings, gpu, unlimited.moments)
+    return unlimited, enough - gpu.budget_bytes
 
 
 def _smallest_budget(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu, enough: int
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu, unlimited: list[Moment]
 ) -> int:
-    """About the smallest budget that suffices, with the cache given back in need."""
-    too_little = gpu.budget_bytes
-    for _ in range(MISSING_SEARCH_STEPS):
+    """About the smallest budget that suffices, with the cache given back in need.
+
+    It lies between what is allocated and what is reserved without a limit.
+    """
+    allocated = max(moment.allocated_bytes for moment in unlimited)
+    enough = max(moment.reserved_bytes for moment in unlimited)
+    too_little = max(gpu.budget_bytes, allocated - 1)
+    while (enough - too_little) * MISSING_PRECISION > enough - gpu.budget_bytes:
         middle = (too_little + enough) // 2
         if replay(log, settings, middle).failed_moment is None:
             enough = middle

@@ -88,9 +88,7 @@ def load_bytes(architecture: Architecture, recipe: Recipe) -> dict[str, int]:
     if recipe.quantization == "none" and is_cast:
         copied = architecture.total_parameters * wanted
     if recipe.quantization == "int8":
-        # The weight, and beside it its cast to float16, in which it is quantised.
-        half = DTYPE_BYTES["float16"] if recipe.dtype != "float16" else 0
-        copied = max(copied, _largest_linear(architecture) * (wanted + half))
+        copied = max(copied, _largest_quantised(architecture, recipe))
     return {
         "mapped_bytes": architecture.total_parameters * DTYPE_BYTES[stored_as],
         "load_bytes": copied,
@@ -167,6 +165,24 @@ def _largest_linear(architecture: Architecture) -> int:
     return max(
         (
             linear.num_weights
+            for _, linear in architecture.all_linears()
+            if linear.kind != "head"
+        ),
+        default=0,
+    )
+
+
+def _largest_quantised(architecture: Architecture, recipe: Recipe) -> int:
+    """What passes through the host of a weight that becomes 8 bits, the largest.
+
+    The weight; a copy in rows, if it is held in columns; its cast to float16, in which
+    it is quantised (Int8Params._quantize).
+    """
+    wanted = DTYPE_BYTES[recipe.dtype]
+    half = DTYPE_BYTES["float16"] if recipe.dtype != "float16" else 0
+    return max(
+        (
+            linear.num_weights * (wanted * (1 + linear.transposed) + half)
             for _, linear in architecture.all_linears()
             if linear.kind != "head"
         ),

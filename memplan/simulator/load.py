@@ -1,18 +1,20 @@
 """The load as `from_pretrained` does it, event by event.
 
 Source: transformers 5.23, `modeling_utils.caching_allocator_warmup` and
-`core_model_loading.convert_and_load_state_dict_in_model`; bitsandbytes 0.50,
+`core_model_loading.convert_and_load_state_dict_in_model`,
+`integrations.bitsandbytes.Bnb4bitQuantize`; bitsandbytes 0.50,
 `functional.quantize_4bit` and `nn.Params4bit._quantize`, `nn.Int8Params._quantize`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from memplan.recipe import Recipe
 from memplan.simulator.trace import Tracer
@@ -32,12 +34,21 @@ WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
 
 
 class Loader:
-    """Allocates a built model's tensors in the order in which they would arrive."""
+    """Allocates a built model's tensors in the order in which they would arrive.
 
-    def __init__(self, tracer: Tracer, recipe: Recipe) -> None:
+    `copies` says how many modules of the whole model one of a path stands for.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        recipe: Recipe,
+        copies: Callable[[str], int] = lambda path: 1,
+    ) -> None:
         self._tracer = tracer
         self._log = tracer.log
         self._recipe = recipe
+        self._copies = copies
         self._loaded: set[int] = set()
         self._has_dynamic_map = False
         self._path = ""
@@ -52,32 +63,40 @@ class Loader:
         self._warm_up(model)
         for name, parameter in sorted(_parameters(model), key=_natural_key):
             self._path = name.rpartition(".")[0]
-            self._take_parameter(parameter)
+            self._take_parameter(parameter, model.get_submodule(self._path))
         for name, buffer in model.named_buffers():
             self._path = name.rpartition(".")[0]
             self._take(buffer)
 
     def _warm_up(self, model: nn.Module) -> None:
         """One block for all the weights, so that they are cut from one segment."""
-        num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        num_bytes = sum(
+            self._copies(name) * parameter.numel() * parameter.element_size()
+            for name, parameter in model.named_parameters()
+        )
         limit = max(0, self._tracer.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
         block = self._allocate(min(num_bytes, limit) // HALF_BYTES * HALF_BYTES)
         self._log.free(block)
 
-    def _take_parameter(self, parameter: Any) -> None:
+    def _take_parameter(self, parameter: Any, module: nn.Module) -> None:
         kind = type(parameter).__name__
         if kind == "Params4bit":
-            self._quantize_4bit(parameter)
+            self._quantize_4bit(parameter, transposed=_is_transposed(module))
         elif kind == "Int8Params":
             self._quantize_int8(parameter)
         else:
             self._take(parameter)
 
-    def _quantize_4bit(self, weight: Any) -> None:
-        """The 16-bit weight, absmax, codes; the absmax quantised; the weight freed."""
+    def _quantize_4bit(self, weight: Any, *, transposed: bool) -> None:
+        """The 16-bit weight, absmax, codes; the absmax quantised; the weight freed.
+
+        A transposed one is quantised from a copy in rows (Params4bit._quantize).
+        """
         state = weight.quant_state
         num_weights = math.prod(state.shape)
-        full = self._allocate(num_weights * state.dtype.itemsize)
+        copies = [self._allocate(num_weights * state.dtype.itemsize)]
+        if transposed:
+            copies.append(self._allocate(num_weights * state.dtype.itemsize))
         nested = state.state2 is not None
         blocks = math.ceil(num_weights / state.blocksize)
         absmax = (
@@ -91,7 +110,8 @@ class Loader:
         if nested:
             self._quantize_absmax(state, blocks)
             self._log.free(absmax)
-        self._log.free(full)
+        for copy in reversed(copies):
+            self._log.free(copy)
 
     def _quantize_absmax(self, state: Any, blocks: int) -> None:
         self._take(state.offset, STATE)
@@ -124,6 +144,11 @@ class Loader:
 
     def _allocate(self, num_bytes: int, category: str = "weights") -> int:
         return self._log.allocate(num_bytes, "load", self._path, category)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the checkpoint holds the weight of a quantised layer in columns."""
+    return issubclass(module.source_cls, Conv1D)  # type: ignore[arg-type]
 
 
 def _in_module_order(

@@ -1,40 +1,19 @@
 """Layers of one kind repeat: few are traced, and their events stand for the others.
 
-A stack of layers is shortened to its head, four periods of its kinds, and its last two
-periods with the tail. The log of the short model falls into stretches (a moment each),
-and these into passes over the layers with something before, between and after. What a
-layer does in a pass is the same one period later, but for which layer's blocks it
-releases; that is checked, and a model of which it is not true is traced whole.
+The log of a model with few layers falls into stretches (a moment each), and these into
+passes over the layers with something before, between and after. What a layer does in a
+pass is the same one period later, but for which layer's blocks it releases; that is
+checked, and a model of which it is not true is traced whole.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from torch import nn
-
-from memplan.architecture import Architecture
-from memplan.recipe import Recipe
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
-
-LONGEST_PERIOD = 12
-"""Layers after which the kinds of a stack may repeat."""
-
-LONGEST_HEAD = 6
-"""Layers before the repetition, such as the dense ones of a mixture of experts."""
-
-PERIODS_BEFORE = 2
-"""Periods at either end that stand for themselves: what the first layer and the last do
-differently shows in what their neighbours release."""
-
-TRACED_PERIODS = 2 * PERIODS_BEFORE + 2
-"""Between the ends, two that must be alike; the first stands for the others."""
-
-LARGEST_SHARE = 0.6
-"""The share of a stack from which on shortening it is not worth while."""
+from memplan.simulator.pattern import Pattern
 
 PER_GRADIENT = ("aten._foreach_norm", "aten.stack")
 """Operators of clipping whose outputs or scratch grow with the number of gradients."""
@@ -44,171 +23,27 @@ Event = tuple[int, int]
 Run = tuple[int | None, list[Event]]
 """Events of one layer, by its position, or outside of layers."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pattern:
-    """Which layers of a stack are traced, and which of these stand for the others."""
-
-    stack: str
-    num_layers: int
-    head: int
-    period: int
-    num_periods: int
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        """The layers that are traced."""
-        first = range(self.repeated + 2 * self.period)
-        return (*first, *range(self.end, self.num_layers))
-
-    @property
-    def repeated(self) -> int:
-        """The first layer of the period that stands for others."""
-        return self.head + PERIODS_BEFORE * self.period
-
-    @property
-    def end(self) -> int:
-        """The first layer of those at the end that stand for themselves."""
-        return self.head + (self.num_periods - PERIODS_BEFORE) * self.period
-
-    def representative(self, layer: int) -> int:
-        """The position among the traced layers of the one that stands for a layer."""
-        if layer < self.repeated + self.period:
-            return layer
-        if layer >= self.end:
-            return len(self.kept) - (self.num_layers - layer)
-        return self.repeated + (layer - self.head) % self.period
-
-    def stands_for_others(self, position: int) -> bool:
-        """Whether the traced layer at a position is one of those that repeat."""
-        return self.repeated <= position < self.repeated + 2 * self.period
-
-    def renumber(self, path: str) -> str:
-        """A path of the whole model in the shortened one."""
-        layer = self.position(path)
-        if layer is None or layer not in self.kept:
-            return path
-        position = self.kept.index(layer)
-        return path.replace(f"{self.stack}.{layer}", f"{self.stack}.{position}", 1)
-
-    def layer_of(self, position: int) -> int:
-        """The layer that stands at a position among the traced ones."""
-        return self.kept[position]
-
-    def position(self, path: str) -> int | None:
-        """The number after the stack's path in a module's path, None outside of it."""
-        match = re.match(rf"{re.escape(self.stack)}\.(\d+)(\.|$)", path)
-        return int(match[1]) if match else None
-
-
-def find_pattern(architecture: Architecture, recipe: Recipe) -> Pattern | None:
-    """How the largest stack repeats; None where the model is to be traced whole.
-
-    A recipe that names single layers, or checkpoints every n-th, tells layers apart.
-    """
-    if recipe.every_n_layers > 1 or _names_layers(recipe):
-        return None
-    stacks: dict[str, int] = {}
-    for block in architecture.blocks:
-        size = block.num_parameters * len(block.layers)
-        stacks[block.stack] = stacks.get(block.stack, 0) + size
-    stack = max(stacks, key=stacks.__getitem__)
-    kinds: dict[int, int] = {}
-    for kind, block in enumerate(architecture.blocks):
-        if block.stack == stack:
-            kinds.update(dict.fromkeys(block.layers, kind))
-    return _shortest(stack, [kinds[layer] for layer in sorted(kinds)])
-
-
-def shorten(model: nn.Module, pattern: Pattern) -> nn.ModuleList:
-    """Takes all but the traced layers out of a model; the list they were in.
-
-    The list must be held as long as its tensors are to be counted.
-    """
-    whole = model.get_submodule(pattern.stack)
-    assert isinstance(whole, nn.ModuleList)
-    parent, _, name = pattern.stack.rpartition(".")
-    short = nn.ModuleList([whole[layer] for layer in pattern.kept])
-    setattr(model.get_submodule(parent), name, short)
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == pattern.num_layers:
-            setattr(config, key, [value[layer] for layer in pattern.kept])
-    return whole
-
-
-def multiplicity(pattern: Pattern, path: str) -> int:
-    """How many layers the one of a module's path stands for; 1 outside of the stack."""
-    position = pattern.position(path)
-    if position is None:
-        return 1
-    return sum(
-        pattern.representative(layer) == position for layer in range(pattern.num_layers)
-    )
+Place = tuple[int, int, int | None]
+"""Part of a log: stretch, item, and layer (None outside of layers), which is told by
+its position among the traced ones, or by its number in the whole model."""
 
 
 def expand(
-    log: EventLog,
-    loaded_modules: list[str],
-    pattern: Pattern,
-    gradients: tuple[int, int],
+    log: EventLog, pattern: Pattern, gradients: tuple[int, int]
 ) -> EventLog | None:
-    """The log of the whole model, from that of the shortened one after a whole load.
+    """The log of the whole model, from that of one with few layers.
 
-    `loaded_modules` are the paths of the load's blocks in the whole model; `gradients`
-    are the numbers of trained tensors, shortened and whole. None where the layers are
-    not alike.
+    `gradients` are the numbers of trained tensors, traced and whole. None where the
+    layers are not alike.
     """
-    parsed = _Parser(log, loaded_modules, pattern).parse()
-    if parsed is None or not all(_repeats(parsed, pattern)):
+    parsed = _Parser(log, pattern).parse()
+    if parsed is None or not all(_repeats(parsed)):
         return None
     try:
-        return _Writer(parsed, loaded_modules, gradients).write()
+        return _Writer(parsed, gradients).write()
     except KeyError:
         # A layer refers to a block that its stand-in does not have.
         return None
-
-
-def _names_layers(recipe: Recipe) -> bool:
-    names = (
-        *recipe.rank_pattern,
-        *recipe.alpha_pattern,
-        *recipe.lambda_pattern,
-        *recipe.trained_modules,
-        *recipe.unquantized_modules,
-        *(recipe.targets if isinstance(recipe.targets, tuple) else ()),
-    )
-    return any(re.search(r"\d", name) for name in names)
-
-
-def _shortest(stack: str, kinds: list[int]) -> Pattern | None:
-    """The pattern of the fewest traced layers."""
-    best: Pattern | None = None
-    for period in range(1, LONGEST_PERIOD + 1):
-        for head in range(LONGEST_HEAD + 1):
-            num_periods = _count_periods(kinds, head, period)
-            if num_periods <= TRACED_PERIODS:
-                continue
-            pattern = Pattern(
-                stack=stack,
-                num_layers=len(kinds),
-                head=head,
-                period=period,
-                num_periods=num_periods,
-            )
-            if best is None or len(pattern.kept) < len(best.kept):
-                best = pattern
-    if best is None or len(best.kept) > LARGEST_SHARE * len(kinds):
-        return None
-    return best
-
-
-def _count_periods(kinds: list[int], head: int, period: int) -> int:
-    """Whole periods from `head` on over which the kinds repeat."""
-    end = head
-    while end + period < len(kinds) and kinds[end] == kinds[end + period]:
-        end += 1
-    return (end + period - head) // period if end > head else 0
 
 
 @dataclass(slots=True)
@@ -222,54 +57,37 @@ class _Item:
 
 @dataclass(slots=True)
 class _Stretch:
-    """A moment of the log, or the load."""
+    """A moment of the log."""
 
-    mark: Event | None
+    mark: Event
     items: list[_Item]
-
-
-Home = tuple[int, int, int | None, int]
-"""Where a block is allocated: stretch, item, position (None outside of layers), and
-number among the allocations there."""
 
 
 @dataclass(slots=True)
 class _Parsed:
-    """A log taken apart, and the home of each of its blocks."""
+    """A log taken apart."""
 
     log: EventLog
     pattern: Pattern
-    load: list[Event]
     stretches: list[_Stretch]
-    homes: dict[int, Home]
-    loads: dict[tuple[int | None, int], int]
-    """The load's blocks by layer of the whole model and number within it."""
-
-
-_LOAD = -1
-"""The stretch that the load's blocks are at home in."""
+    homes: dict[int, tuple[Place, int]]
+    """By block: where it is allocated, and its number among the allocations there."""
 
 
 class _Parser:
     """Takes a log apart into stretches, items and layers."""
 
-    def __init__(
-        self, log: EventLog, loaded_modules: list[str], pattern: Pattern
-    ) -> None:
+    def __init__(self, log: EventLog, pattern: Pattern) -> None:
         self._log = log
         self._pattern = pattern
-        self._loaded_modules = loaded_modules
-        self._position_of_layer = {
-            layer: position for position, layer in enumerate(pattern.kept)
-        }
-        self._homes: dict[int, Home] = {}
-        self._loads: dict[tuple[int | None, int], int] = {}
+        positions = {path: pattern.position(path) for path in set(log.modules)}
+        self._owners = [positions[path] for path in log.modules]
+        """By block: the position of the layer that it belongs to."""
+        self._homes: dict[int, tuple[Place, int]] = {}
 
     def parse(self) -> _Parsed | None:
-        load, *moments = _split_at_marks(self._log)
-        self._find_homes_of_load()
         stretches = []
-        for number, events in enumerate(moments):
+        for number, events in enumerate(_split_at_marks(self._log)):
             items = self._items(number, events)
             if items is None:
                 return None
@@ -277,22 +95,9 @@ class _Parser:
         return _Parsed(
             log=self._log,
             pattern=self._pattern,
-            load=load,
             stretches=stretches,
             homes=self._homes,
-            loads=self._loads,
         )
-
-    def _find_homes_of_load(self) -> None:
-        counts: dict[int | None, int] = {}
-        for block, path in enumerate(self._loaded_modules):
-            layer = self._pattern.position(path)
-            number = counts.get(layer, 0)
-            counts[layer] = number + 1
-            self._loads[layer, number] = block
-            position = self._position_of_layer.get(layer) if layer is not None else None
-            if layer is None or position is not None:
-                self._homes[block] = (_LOAD, 0, position, number)
 
     def _items(self, stretch: int, events: list[Event]) -> list[_Item] | None:
         """The items of a moment; steps are read by time, lists of tensors by owner."""
@@ -320,18 +125,13 @@ class _Parser:
         tag: int | None = None
         for block, num_bytes in events:
             if block >= 0 and num_bytes != FREE:
-                tag = self._pattern.position(self._log.modules[block])
+                tag = self._owners[block]
             yield tag
 
     def _tags_by_owner(self, events: list[Event]) -> Iterator[int | None]:
         """The layer that the block belongs to."""
         for block, _ in events:
-            yield self._owner(block) if block >= 0 else None
-
-    def _owner(self, block: int) -> int | None:
-        if block < len(self._loaded_modules):
-            return self._homes.get(block, (0, 0, None, 0))[2]
-        return self._pattern.position(self._log.modules[block])
+            yield self._owners[block] if block >= 0 else None
 
     def _split_by_owner(self, run: Run) -> list[Run]:
         """Releases for all layers in one go, as of autocast's copies, by layer."""
@@ -346,17 +146,18 @@ class _Parser:
 
     def _find_homes(self, stretch: int, item_number: int, item: _Item) -> None:
         layers: dict[int | None, list[Event]] = dict(item.layers.items())
-        places = {None: item.events, **layers}
-        for position, events in places.items():
-            number = 0
-            for block, num_bytes in events:
-                if block >= 0 and num_bytes != FREE:
-                    self._homes[block] = (stretch, item_number, position, number)
-                    number += 1
+        for position, events in ({None: item.events} | layers).items():
+            for number, block in enumerate(_allocated(events)):
+                self._homes[block] = ((stretch, item_number, position), number)
+
+
+def _allocated(events: list[Event]) -> Iterator[int]:
+    """The blocks that are allocated, in order."""
+    return (block for block, num_bytes in events if block >= 0 and num_bytes != FREE)
 
 
 def _split_at_marks(log: EventLog) -> list[list[Event]]:
-    """The load, then each moment with its mark first."""
+    """Each moment with its mark first."""
     parts: list[list[Event]] = []
     for event in log.events:
         if event[0] == MARK:
@@ -406,6 +207,7 @@ def _merged(
 
 def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
     """The items of a stretch; None where a pass leaves out layers that repeat."""
+    repeating = {position for pair in pattern.pairs for position in pair}
     items: list[_Item] = []
     left = list(runs)
     while left:
@@ -417,7 +219,7 @@ def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
             items.append(_Item(layers={t: e for t, e in part if t is not None}))
             continue
         tag, events = left.pop(0)
-        if tag is not None and pattern.stands_for_others(tag):
+        if tag in repeating:
             return None
         if items and not items[-1].layers:
             items[-1].events.extend(events)
@@ -427,17 +229,15 @@ def _passes(runs: list[Run], pattern: Pattern) -> list[_Item] | None:
 
 
 def _pass_at_start(runs: list[Run], pattern: Pattern) -> list[Run]:
-    """The runs that go up or down all layers that repeat; none if there are none."""
+    """The runs that go up or down the layers that repeat; none if there are none."""
     part: list[Run] = []
     for run in runs:
         tags = [tag for tag, _ in (*part[-2:], run)]
         steps = [b - a for a, b in pairwise(tags) if a is not None and b is not None]
-        if None in tags or any(abs(step) != 1 or step != steps[0] for step in steps):
+        if None in tags or any(step * steps[0] <= 0 for step in steps):
             break
         part.append(run)
-    positions = {tag for tag, _ in part}
-    middle = range(pattern.repeated - 1, pattern.repeated + 2 * pattern.period + 1)
-    return part if positions >= set(middle) else []
+    return part if pattern.is_pass({tag for tag, _ in part}) else []
 
 
 def _split_turn(
@@ -454,18 +254,17 @@ def _split_turn(
     return tag, events[count:]
 
 
-def _repeats(parsed: _Parsed, pattern: Pattern) -> Iterator[bool]:
+def _repeats(parsed: _Parsed) -> Iterator[bool]:
     """Whether the two periods in the middle do the same, pass by pass."""
-    first = pattern.repeated
     for stretch in parsed.stretches:
         for item in stretch.items:
             if not item.layers:
                 continue
-            for position in range(first, first + pattern.period):
-                later = position + pattern.period
-                yield _signature(parsed, item.layers[position], position) == (
-                    _signature(parsed, item.layers[later], later)
-                )
+            for one, other in parsed.pattern.pairs:
+                if one in item.layers:
+                    yield _signature(parsed, item.layers[one], one) == (
+                        _signature(parsed, item.layers[other], other)
+                    )
 
 
 def _signature(parsed: _Parsed, events: list[Event], position: int) -> list[object]:
@@ -478,137 +277,148 @@ def _signature(parsed: _Parsed, events: list[Event], position: int) -> list[obje
         elif num_bytes != FREE:
             signature.append((num_bytes, log.operators[block], log.categories[block]))
         else:
-            stretch, item, at, number = parsed.homes[block]
+            (stretch, item, at), number = parsed.homes[block]
             away = None if at is None else at - position
             signature.append((stretch, item, away, number))
     return signature
 
 
-class _Writer:
-    """Writes the whole model's log from the parts of the shortened one's."""
+_NO_SOURCE = -1
+"""The index of what stands for the source of an emptied cache: block 0 and on."""
 
-    def __init__(
-        self, parsed: _Parsed, loaded_modules: list[str], gradients: tuple[int, int]
-    ) -> None:
+
+class _Template:
+    """What is done at a place of the traced log, to be written for other layers too."""
+
+    def __init__(self, parsed: _Parsed, place: Place, events: list[Event]) -> None:
+        log = parsed.log
+        *_, self.position = place
+        self.blocks = list(_allocated(events))
+        self.sizes = [n for block, n in events if block >= 0 and n != FREE]
+        self.operators = [log.operators[block] for block in self.blocks]
+        self.categories = [log.categories[block] for block in self.blocks]
+        self.modules = [log.modules[block] for block in self.blocks]
+        self.sources = [place]
+        """Places whose blocks are spoken of."""
+        self.events: list[tuple[int, int, int]] = []
+        """Index of the source, number of the block there, and bytes or FREE."""
+        indices = {place: 0}
+        for block, num_bytes in events:
+            if block == EMPTY_CACHE:
+                self.events.append((_NO_SOURCE, EMPTY_CACHE, num_bytes))
+                continue
+            source, number = parsed.homes[block]
+            index = indices.setdefault(source, len(indices))
+            self.events.append((index, number, num_bytes))
+        self.sources = list(indices)
+
+
+class _Writer:
+    """Writes the whole model's log from the parts of the traced one's."""
+
+    def __init__(self, parsed: _Parsed, gradients: tuple[int, int]) -> None:
         self._parsed = parsed
         self._pattern = parsed.pattern
         self._gradients = gradients
-        self._new: dict[Home, int] = {}
-        """New blocks by home, the position being the layer of the whole model."""
-        old = parsed.log
-        count = len(loaded_modules)
-        self._log = EventLog(
-            events=list(parsed.load),
-            labels=old.labels,
-            categories=old.categories[:count],
-            operators=old.operators[:count],
-            modules=loaded_modules,
-            sizes=old.sizes[:count],
-        )
+        self._starts: dict[Place, int] = {}
+        """By place in the whole model: the first block that is allocated there."""
+        self._copies: list[tuple[int, list[int]]] = []
+        """First blocks, and the traced blocks that they and the next are copies of."""
+        self._log = EventLog(labels=parsed.log.labels)
 
     def write(self) -> EventLog | None:
         """The log; None where a block of a layer would live on that should not."""
         for number, stretch in enumerate(self._parsed.stretches):
-            if stretch.mark is not None:
-                self._log.events.append(stretch.mark)
-                label = self._log.labels[stretch.mark[1]]
+            self._log.events.append(stretch.mark)
             for item_number, item in enumerate(stretch.items):
-                self._write_item((number, item_number), item, label)
+                if item.layers:
+                    self._write_pass(number, item_number, item)
+                else:
+                    events = self._scaled(item.events, stretch)
+                    place = (number, item_number, None)
+                    self._write(_Template(self._parsed, place, events), None)
         return self._log if self._releases_alike() else None
 
-    def _releases_alike(self) -> bool:
-        """Whether a block is released, once, where the one it is a copy of is."""
-        released = [b for b, n in self._log.events if n == FREE and b >= 0]
-        if len(set(released)) != len(released):
-            return False
-        of_copies = set(released)
-        of_traced = {b for b, n in self._parsed.log.events if n == FREE and b >= 0}
-        traced = {home: block for block, home in self._parsed.homes.items()}
-        for (stretch, item, layer, number), copy in self._new.items():
-            position = None if layer is None else self._pattern.representative(layer)
-            block = traced[stretch, item, position, number]
-            if (block in of_traced) != (copy in of_copies):
-                return False
-        return True
-
-    def _write_item(self, at: tuple[int, int], item: _Item, label: str) -> None:
-        if not item.layers:
-            self._write_events(at, item.events, None, None, label)
-            return
+    def _write_pass(self, stretch: int, number: int, item: _Item) -> None:
+        templates = {
+            position: _Template(self._parsed, (stretch, number, position), events)
+            for position, events in item.layers.items()
+        }
         first, second, *_ = item.layers
         layers = range(self._pattern.num_layers)
         for layer in layers if first < second else reversed(layers):
-            position = self._pattern.representative(layer)
-            if position in item.layers:
-                self._write_events(at, item.layers[position], layer, position, label)
+            template = templates.get(self._pattern.representatives[layer])
+            if template is not None:
+                self._write(template, layer)
 
-    def _write_events(
-        self,
-        at: tuple[int, int],
-        events: list[Event],
-        layer: int | None,
-        position: int | None,
-        label: str,
-    ) -> None:
-        number = 0
-        for block, num_bytes in events:
-            if block == EMPTY_CACHE:
-                self._log.empty_cache()
-            elif num_bytes == FREE:
-                self._log.free(self._resolved(block, layer, position))
-            else:
-                new = self._allocate(block, num_bytes, layer, position, label)
-                self._new[(*at, layer, number)] = new
-                number += 1
+    def _write(self, template: _Template, layer: int | None) -> None:
+        """Writes for a layer what its stand-in did."""
+        log = self._log
+        places = [self._seen(place, template, layer) for place in template.sources]
+        start = self._starts[places[0]] = len(log.sizes)
+        self._copies.append((start, template.blocks))
+        log.sizes += template.sizes
+        log.operators += template.operators
+        log.categories += template.categories
+        log.modules += self._renamed(template, layer)
+        starts = [self._starts[place] for place in places]
+        starts.append(0)
+        log.events += [
+            (starts[source] + number, num_bytes)
+            for source, number, num_bytes in template.events
+        ]
 
-    def _allocate(
-        self,
-        block: int,
-        num_bytes: int,
-        layer: int | None,
-        position: int | None,
-        label: str,
-    ) -> int:
-        old = self._parsed.log
-        path = old.modules[block]
-        if layer is not None and layer != position:
-            path = path.replace(
-                f"{self._pattern.stack}.{position}", f"{self._pattern.stack}.{layer}", 1
-            )
-        elif layer is None:
-            num_bytes = self._scaled(block, num_bytes, label)
-        new = len(self._log.sizes)
-        self._log.sizes.append(num_bytes)
-        self._log.operators.append(old.operators[block])
-        self._log.modules.append(path)
-        self._log.categories.append(old.categories[block])
-        self._log.events.append((new, num_bytes))
-        return new
+    def _seen(self, place: Place, template: _Template, layer: int | None) -> Place:
+        """The place in the whole model that a place is, seen from a layer."""
+        stretch, item, position = place
+        if position is None:
+            return place
+        if layer is None or template.position is None:
+            return stretch, item, self._pattern.kept[position]
+        return stretch, item, layer + position - template.position
 
-    def _scaled(self, block: int, num_bytes: int, label: str) -> int:
+    def _renamed(self, template: _Template, layer: int | None) -> list[str]:
+        """The modules of a template's blocks where a layer is at work."""
+        if layer is None or template.position is None:
+            return template.modules
+        traced = self._pattern.kept[template.position]
+        if layer == traced:
+            return template.modules
+        old, new = (f"{self._pattern.stack}.{n}." for n in (traced, layer))
+        renamed = {
+            path: f"{path}.".replace(old, new, 1)[:-1] for path in set(template.modules)
+        }
+        return [renamed[path] for path in template.modules]
+
+    def _scaled(self, events: list[Event], stretch: _Stretch) -> list[Event]:
         """What clipping allocates for each gradient, for all of them."""
-        if not label.endswith("clip"):
-            return num_bytes
-        short, whole = self._gradients
-        operator = self._parsed.log.operators[block]
-        if not operator.startswith(PER_GRADIENT) or num_bytes % short:
-            return num_bytes
-        return num_bytes // short * whole
+        if not self._log.labels[stretch.mark[1]].endswith("clip"):
+            return events
+        traced, whole = self._gradients
+        operators = self._parsed.log.operators
+        return [
+            (block, num_bytes // traced * whole)
+            if num_bytes > 0
+            and num_bytes % traced == 0
+            and operators[block].startswith(PER_GRADIENT)
+            else (block, num_bytes)
+            for block, num_bytes in events
+        ]
 
-    def _resolved(self, block: int, layer: int | None, position: int | None) -> int:
-        """The new block that stands for an old one, seen from a layer."""
-        stretch, item, at, number = self._parsed.homes[block]
-        target = self._target(at, layer, position)
-        if stretch == _LOAD:
-            return self._parsed.loads[target, number]
-        return self._new[stretch, item, target, number]
+    def _releases_alike(self) -> bool:
+        """Whether every block is released as often as the one it is a copy of."""
+        traced = _releases(self._parsed.log)
+        copies = _releases(self._log)
+        return all(
+            copies[start : start + len(blocks)] == bytes(traced[b] for b in blocks)
+            for start, blocks in self._copies
+        )
 
-    def _target(
-        self, at: int | None, layer: int | None, position: int | None
-    ) -> int | None:
-        """The layer of the whole model at which a block is at home."""
-        if at is None:
-            return None
-        if layer is None or position is None:
-            return self._pattern.layer_of(at)
-        return layer + at - position
+
+def _releases(log: EventLog) -> bytearray:
+    """By block: how often it is released, which is once at most."""
+    counts = bytearray(len(log.sizes))
+    for block, num_bytes in log.events:
+        if num_bytes == FREE and block >= 0:
+            counts[block] += 1
+    return counts

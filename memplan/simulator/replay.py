@@ -13,6 +13,9 @@ from memplan.footprint import Moment
 from memplan.simulation import LiveBlock, Sample
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
 
+_Blocks = list[tuple[int, int]]
+"""Blocks of a log, with the bytes that the allocator took for them."""
+
 
 @dataclass(slots=True)
 class Replay:
@@ -73,7 +76,8 @@ class _Replayer:
         self._result = Replay()
         self._label = ""
         self._peak_bytes = 0
-        self._at_peak: tuple[LiveBlock, ...] = ()
+        self._peak_blocks: _Blocks = []
+        self._at_peak: _Blocks = []
 
     def run(self) -> Replay:
         try:
@@ -81,6 +85,7 @@ class _Replayer:
         except OutOfMemory:
             self._result.failed_moment = self._label
         self._end_moment()
+        self._result.peak_blocks = tuple(self._told(self._peak_blocks))
         self._result.num_alloc_retries = self._allocator.num_alloc_retries
         return self._result
 
@@ -101,18 +106,34 @@ class _Replayer:
             if position in peaks:
                 self._at_peak = self._live_blocks()
 
-    def _live_blocks(self) -> tuple[LiveBlock, ...]:
+    def _live_blocks(self) -> _Blocks:
+        return [
+            (block, held.size_bytes)
+            for block, held in self._live.items()
+            if held is not None
+        ]
+
+    def _told(self, blocks: _Blocks) -> Iterator[LiveBlock]:
         log = self._log
-        return tuple(
-            LiveBlock(
-                num_bytes=held.size_bytes,
+        for block, num_bytes in blocks:
+            yield LiveBlock(
+                num_bytes=num_bytes,
                 category=log.categories[block],
                 operator=log.operators[block],
                 module=log.modules[block],
             )
-            for block, held in self._live.items()
-            if held is not None
-        )
+
+    def _breakdown(self, blocks: _Blocks, allocated: int) -> dict[str, int]:
+        """Allocated bytes by category.
+
+        The peak is looked for by bytes asked for; what rounding moves it by is counted
+        as activations, which come and go.
+        """
+        parts: Counter[str] = Counter()
+        for block, num_bytes in blocks:
+            parts[self._log.categories[block]] += num_bytes
+        parts["activations"] += allocated - sum(parts.values())
+        return dict(parts)
 
     def _end_moment(self) -> None:
         if not self._label:
@@ -123,13 +144,13 @@ class _Replayer:
             allocated_bytes=allocated,
             reserved_bytes=self._allocator.peak_reserved_bytes,
             end_allocated_bytes=self._allocator.allocated_bytes,
-            breakdown=_breakdown(self._at_peak or self._live_blocks(), allocated),
+            breakdown=self._breakdown(self._at_peak or self._live_blocks(), allocated),
         )
         if moment.in_training and allocated > self._peak_bytes:
             self._peak_bytes = allocated
-            self._result.peak_blocks = self._at_peak
+            self._peak_blocks = self._at_peak
         self._merge(moment)
-        self._at_peak = ()
+        self._at_peak = []
 
     def _merge(self, moment: Moment) -> None:
         """A moment that comes again, as micro-batches do, keeps its worst."""
@@ -139,19 +160,6 @@ class _Replayer:
                 moments[index] = _worse(same, moment)
                 return
         moments.append(moment)
-
-
-def _breakdown(blocks: tuple[LiveBlock, ...], allocated: int) -> dict[str, int]:
-    """Allocated bytes by category.
-
-    The peak is looked for by bytes asked for; what rounding moves it by is counted as
-    activations, which come and go.
-    """
-    parts: Counter[str] = Counter()
-    for block in blocks:
-        parts[block.category] += block.num_bytes
-    parts["activations"] += allocated - sum(parts.values())
-    return dict(parts)
 
 
 def _peak_positions(log: EventLog) -> dict[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memplan.errors import InputError
 from memplan.life import CARD, Evaluation, Generation
+from memplan.losses.liger import NAME as LIGER
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
@@ -66,7 +67,7 @@ class Evaluator:
         batch = make_batch(recipe, self._vocab_size, self._device)
         with torch.no_grad():
             with autocast(recipe, self._device):
-                outputs = run_forward(model, batch, recipe)
+                outputs = run_forward(model, batch | self._flags(), recipe)
             outputs, loss = read_loss(outputs, recipe)
             loss = loss.detach().mean()
             if not self._evaluation.keeps_logits:
@@ -76,6 +77,18 @@ class Evaluator:
                 outputs = self._forward_to_logits(batch)
                 logits = outputs["logits"]
         return [loss, logits.detach(), batch["labels"]]
+
+    def _flags(self) -> dict[str, Any]:
+        """What Trainer asks of a model with Liger's loss (Trainer.prediction_step).
+
+        Without it that model computes logits in evaluation. SFTTrainer and a bare loop
+        do not ask.
+        """
+        has_liger = (
+            self._recipe.trainer == "transformers" and self._recipe.loss == LIGER
+        )
+        asks = has_liger and not self._evaluation.keeps_logits
+        return {"skip_logits": True} if asks else {}
 
     def _forward_to_logits(self, batch: dict[str, Tensor]) -> Any:
         """A second forward, where the loss has no logits (SFTTrainer.compute_loss)."""

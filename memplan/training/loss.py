@@ -16,9 +16,7 @@ def prepare_loss(model: nn.Module, recipe: Recipe) -> None:
     losses.find(recipe.loss).prepare(model)
 
 
-def run_forward(
-    model: nn.Module, batch: dict[str, torch.Tensor], recipe: Recipe
-) -> Any:
+def run_forward(model: nn.Module, batch: dict[str, Any], recipe: Recipe) -> Any:
     """The model's outputs for a batch with labels; runs under the loop's autocast."""
     return losses.find(recipe.loss).run(model, batch)
 

@@ -23,6 +23,7 @@ from memplan.errors import InputError, UnknownNameError
 from memplan.inspector import build_config, build_meta_model
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
+from memplan.training.few_layers import KeptLayers, build_few, whole_modules
 from memplan.training.loss import prepare_loss
 
 EAGER = "eager"
@@ -32,8 +33,13 @@ _FUSED_ROUTER = "gate.weight"
 """PEFT's name of the router's weight where it stands for a linear layer."""
 
 
-def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
-    """The model on the meta device, its linear layers stored as the recipe says."""
+def build(
+    architecture: Architecture, recipe: Recipe, kept: KeptLayers | None = None
+) -> nn.Module:
+    """The model on the meta device, its linear layers stored as the recipe says.
+
+    Of one stack only those layers are built that are kept, if this is said.
+    """
     source = ModelSource(
         name=architecture.name, origin="catalog", config=dict(architecture.config)
     )
@@ -41,9 +47,15 @@ def build(architecture: Architecture, recipe: Recipe) -> nn.Module:
     # A model with towers reads its decoder's own part of the configuration.
     config.use_cache = config.get_text_config().use_cache = False
     dtype = getattr(torch, recipe.dtype)
-    model: nn.Module = build_meta_model(
-        architecture.name, config, dtype=dtype, **_attention(architecture, recipe)
-    )
+    attention = _attention(architecture, recipe)
+
+    def build_whole() -> nn.Module:
+        model: nn.Module = build_meta_model(
+            architecture.name, config, dtype=dtype, **attention
+        )
+        return model
+
+    model = build_few(build_whole, architecture, kept) if kept else build_whole()
     _keep_in_float32(model, dtype)
     quantize(model, recipe)
     prepare_loss(model, recipe)
@@ -297,7 +309,7 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
 
     paths = [
         path.removeprefix("base_model.model.")
-        for path, module in model.named_modules()
+        for path, module in whole_modules(model)
         if isinstance(module, BaseTunerLayer)
     ]
     patterns = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
@@ -350,7 +362,7 @@ def _check_trained_modules(model: nn.Module, recipe: Recipe) -> None:
 
     PEFT passes over the first (`set_additional_trainable_modules`).
     """
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in whole_modules(model) if path}
     for name in recipe.trained_modules:
         named = [module for path, module in modules.items() if path.endswith(name)]
         if not named:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from storage_meter import StorageMeter
+from torch import nn
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 
 from memplan import inspector
 from memplan.architecture import Architecture
@@ -141,3 +147,34 @@ def test_a_weight_is_quantised_beside_its_16_bit_copy(
         4,
     ]
     assert events[-1] == (full, FREE)
+
+
+def test_a_weight_in_columns_is_copied_into_rows_first() -> None:
+    config = {"model_type": "gpt2", "n_embd": H, "n_layer": 1, "n_head": 4}
+    source = ModelSource(name="one-layer", origin="file", config=config)
+    log = load(inspector.inspect(source), "nf4")
+    path = "transformer.h.0.mlp.c_fc"
+    events = [(b, n) for b, n in log.events if b >= 0 and log.modules[b] == path]
+
+    weights = H * 4 * H
+    (bias, _), (full, full_bytes), (copy, copy_bytes), *_ = events
+    assert (full_bytes, copy_bytes) == (2 * weights, 2 * weights)
+    assert log.sizes[bias] == 2 * 4 * H
+    assert events[-2:] == [(copy, FREE), (full, FREE)]
+
+
+@pytest.mark.parametrize(("kind", "num_copies"), [(Conv1D, 1), (nn.Linear, 0)])
+def test_transformers_copies_what_is_held_in_columns(
+    kind: type[nn.Module], num_copies: int
+) -> None:
+    model = nn.Module()
+    model.layer = Linear4bit(H, FFN, bias=False, quant_type="nf4", device="meta")
+    model.layer.source_cls = kind
+    model.get_parameter_or_buffer = model.get_parameter
+    shape = (H, FFN) if kind is Conv1D else (FFN, H)
+    weight = torch.ones(shape, dtype=torch.bfloat16)
+
+    with StorageMeter() as meter:
+        Bnb4bitQuantize(None).convert({"layer.weight": [weight]}, model=model)
+
+    assert meter.births.count(2 * H * FFN) == num_copies

@@ -23,6 +23,7 @@ _THREADS = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
 """Resident threads of a multiprocessor, where not 2048 (CUDA C++ Programming Guide,
 technical specifications per compute capability)."""
 
+
 def multiprocessors(gpu: Gpu) -> int:
     """Multiprocessors of the card, or of a common one of its capability."""
     return _MULTIPROCESSORS.get(gpu.compute_capability, 80)

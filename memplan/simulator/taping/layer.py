@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from memplan import quantizations
@@ -121,27 +122,43 @@ def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
                 tracer.ignore(tensor)
             log.begin("1.forward")
             dtype = getattr(torch, regime.input_dtype)
-            with torch.set_grad_enabled(keeps), autocast(recipe, device):
-                single = next(m for m in model.modules() if isinstance(m, Single))
-                _step(single, tracer, dtype)
+            single = next(m for m in model.modules() if isinstance(m, Single))
+            with autocast(recipe, device):
+                if keeps:
+                    _step(single, tracer, dtype)
+                else:
+                    _pass(single, tracer, dtype)
             tracer.stop()
     return log, tracer
 
 
 def _step(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
-    """Forward and, where gradients are enabled, backward, between four marks."""
+    """Forward and backward, between marks."""
     x = _Source.apply(tracer.token, dtype, tracer)  # type: ignore[no-untyped-call]
     tracer.mark("F", 0, x)
     y = model(x)
     tracer.mark("f", 0, y)
-    if not torch.is_grad_enabled():
-        return
     loss = _Sink.apply(y, tracer)  # type: ignore[no-untyped-call]
     del x, y
     tracer.mark("dropped", 0, None)
     with torch.autocast("cuda", enabled=False):
         loss.backward()
     del loss
+
+
+def _pass(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
+    """A checkpoint's first forward, between two marks; its input is made within."""
+
+    def run(token: torch.Tensor) -> torch.Tensor:
+        x = _Source.apply(token, dtype, tracer)  # type: ignore[no-untyped-call]
+        tracer.mark("F", 0, x)
+        y: torch.Tensor = model(x)
+        tracer.mark("f", 0, y)
+        return y
+
+    y = checkpoint(run, tracer.token, use_reentrant=False)
+    tracer.mark("dropped", 0, y)
+    del y
 
 
 class _Source(torch.autograd.Function):
@@ -204,10 +221,19 @@ class _Reader:
         return LayerTape(
             forward=self._stretch(self._log, begin, end, ()),
             passing=self._read_passing(),
+            sticks=self._sticks(),
             backward=self._stretch(self._log, back, behind, (x, grad_y)),
             holds_input=holds,
             kept=tuple(DIMENSIONS.monomial(self._log.sizes[block]) for block in kept),
         )
+
+    def _sticks(self) -> bool:
+        """Whether the input outlives a checkpoint's first forward."""
+        log, tracer = self._passing
+        places = {mark.kind: (place, mark.block) for place, mark in tracer.marks}
+        begin, x = places["F"]
+        end, _ = places["dropped"]
+        return (x, FREE) not in log.events[begin:end]
 
     def _read_passing(self) -> Stretch:
         log, tracer = self._passing

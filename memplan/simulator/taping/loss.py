@@ -18,21 +18,21 @@ from memplan.simulator.taping.holes import TapeTracer
 from memplan.simulator.taping.model import CARD
 from memplan.tape import LossRegime, LossTape
 from memplan.training import model as training_model
+from memplan.training.few_layers import KeptLayers, build_few
 from memplan.training.loss import read_loss, run_forward
 from memplan.training.step import autocast
 
-TOKENS = (128, 256, 1024, 4096, 8192, 16384)
-"""Tokens between which all losses are straight: they work on tiles of 256 or 4096, or
-on parts of a sequence."""
+TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens between which losses are nearly straight: they work on tiles of 256 or 4096,
+on parts of a sequence, or on all tokens; a gradient's own size may be the larger."""
 
 
 def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
     """The tape of a model's head and loss."""
     model = _build(architecture, regime)
-    tokens = TOKENS if regime.loss != "full" else TOKENS[:2]
-    readings = [_Reading(*_run(architecture, model, regime, n)) for n in tokens]
+    readings = [_Reading(*_run(architecture, model, regime, n)) for n in TOKENS]
     return LossTape(
-        tokens=tokens,
+        tokens=TOKENS,
         kept=tuple(reading.kept for reading in readings),
         left=tuple(reading.left for reading in readings),
         forward_peak=tuple(reading.forward_peak[0] for reading in readings),
@@ -43,7 +43,11 @@ def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
 
 
 def _build(architecture: Architecture, regime: LossRegime) -> nn.Module:
-    model = training_model.build(architecture, _recipe(regime, TOKENS[0]))
+    recipe = _recipe(regime, TOKENS[0])
+    first = KeptLayers(stack=architecture.main_stack, numbers=(0,), left_out={})
+    model = build_few(
+        lambda: training_model.build(architecture, recipe), architecture, first
+    )
     return model.requires_grad_(regime.trained).train()
 
 

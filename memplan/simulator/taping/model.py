@@ -44,6 +44,7 @@ from memplan.tape import (
 from memplan.training import model as training_model
 from memplan.training.attention import repeated_heads
 from memplan.training.batch import make_batch
+from memplan.training.few_layers import KeptLayers, build_few
 from memplan.training.step import autocast
 
 LAYERS_OF_A_KIND = 3
@@ -70,8 +71,10 @@ class _Run:
     numbers: dict[int, int]
     """By hole: its number among those of its layer."""
     paths: dict[int, list[str]]
-    """By layer: the paths of its holes in it."""
+    """By position of a layer: the paths of its holes in it."""
     stack: str
+    kept: list[int]
+    """By position: the layer's number."""
     calls: list[kernels.Shapes]
     """What attention was given."""
     input_dtypes: dict[int, str]
@@ -119,7 +122,8 @@ def _run(
     recipe = _recipe(regime, length)
     log = EventLog()
     calls: list[kernels.Shapes] = []
-    tracer = TapeTracer(find_gpu(CARD), log, padded=regime.padded)
+    gpu = find_gpu(regime.card or CARD)
+    tracer = TapeTracer(gpu, log, padded=regime.padded)
     tracer.vocab_size = architecture.vocab_size
     with no_warnings(), no_initialization():
         model = _short_model(architecture, recipe, regime, stack, kept)
@@ -140,10 +144,13 @@ def _run(
     return _Run(
         log=log,
         marks=tracer.marks,
-        positions={hole: int(path.split(".")[0]) for hole, path in holes.items()},
+        positions={
+            hole: kept.index(int(path.split(".")[0])) for hole, path in holes.items()
+        },
         numbers=_numbers(holes),
-        paths=_paths(holes),
+        paths=_paths(holes, kept),
         stack=stack,
+        kept=kept,
         calls=calls,
         input_dtypes=tracer.input_dtypes,
         plain=plain,
@@ -172,16 +179,11 @@ def _short_model(
     stack: str,
     kept: list[int],
 ) -> nn.Module:
-    model = training_model.build(architecture, recipe)
-    whole = model.get_submodule(stack)
-    assert isinstance(whole, nn.ModuleList)
-    parent, _, name = stack.rpartition(".")
-    short = nn.ModuleList([whole[layer] for layer in kept])
-    setattr(model.get_submodule(parent), name, short)
+    layers = KeptLayers(stack=stack, numbers=tuple(kept), left_out={})
+    model = build_few(
+        lambda: training_model.build(architecture, recipe), architecture, layers
+    )
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == len(whole):
-            setattr(config, key, [value[layer] for layer in kept])
     if getattr(config, "sliding_window", None):
         config.sliding_window = WINDOW if regime.windowed else NO_WINDOW
     return model
@@ -228,11 +230,11 @@ def _numbers(holes: dict[int, str]) -> dict[int, int]:
     return numbers
 
 
-def _paths(holes: dict[int, str]) -> dict[int, list[str]]:
+def _paths(holes: dict[int, str], kept: list[int]) -> dict[int, list[str]]:
     paths: dict[int, list[str]] = {}
     for path in holes.values():
         layer, _, rest = path.partition(".")
-        paths.setdefault(int(layer), []).append(rest)
+        paths.setdefault(kept.index(int(layer)), []).append(rest)
     return paths
 
 
@@ -369,7 +371,7 @@ class _Parser:
         head = f"{self._run.stack}."
         if not module.startswith(head):
             return None
-        return int(module.removeprefix(head).split(".")[0])
+        return self._run.kept.index(int(module.removeprefix(head).split(".")[0]))
 
     def _is_allocation(self, event: Event) -> bool:
         return isinstance(event, HoleMark) or event[1] != FREE

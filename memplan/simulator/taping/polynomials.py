@@ -14,8 +14,11 @@ from memplan.tape import Polynomial
 BATCH = 1031
 """A prime that divides no dimension of a model."""
 
-LENGTHS = (1021, 509)
-"""Primes below the fewest positions that a model learns, for two runs."""
+LENGTHS = (1016, 488)
+"""Lengths of two runs: multiples of 8, as most are, each with a prime of its own, and
+below the fewest positions that a model learns."""
+
+LENGTH_PRIMES = (127, 61)
 
 ROUNDED_LENGTH = 1024
 """The first of the lengths, rounded up as kernels do that work in tiles."""
@@ -32,7 +35,8 @@ def sizes_in_batch(
     A kernel's scratch is often as long as the sequence rounded up, which no prime
     shows; how it grows from one run to the other does.
     """
-    dimensions = Dimensions({"B": (BATCH, BATCH), "T": (LENGTHS[0], LENGTHS[0])})
+    length = (LENGTHS[0], LENGTH_PRIMES[0])
+    dimensions = Dimensions({"B": (BATCH, BATCH), "T": length})
     sizes = [dimensions.monomial(size) for size in first]
     if second is None or len(second) != len(first):
         return sizes
@@ -44,7 +48,7 @@ def sizes_in_batch(
 
 def hides_length(num_bytes: int) -> bool:
     """Whether a size may be as long as the sequence, without showing it."""
-    return num_bytes % LENGTHS[0] != 0 and num_bytes >= LARGE_BYTES * BATCH
+    return num_bytes % LENGTH_PRIMES[0] != 0 and num_bytes >= LARGE_BYTES * BATCH
 
 
 def _hides_length(size: Polynomial) -> bool:
@@ -53,8 +57,10 @@ def _hides_length(size: Polynomial) -> bool:
 
 def _in_rounded_length(first: int, second: int) -> Polynomial:
     power = round(math.log(first / second, LENGTHS[0] / LENGTHS[1]))
-    word, rest = ("", first) if first % BATCH else ("B", first // BATCH)
-    return {word + "T" * power: rest / ROUNDED_LENGTH**power}
+    if first % BATCH:
+        # Scratch by blocks of tokens.
+        return {"BT" * power: first / (BATCH * LENGTHS[0]) ** power}
+    return {"B" + "T" * power: first // BATCH / ROUNDED_LENGTH**power}
 
 
 class Dimensions:

@@ -1,0 +1,105 @@
+"""Traces the tapes that the catalog ships: `python profiles/tapes/make_tapes.py`.
+
+Every generative model is estimated under the recipes that most people run, which reads
+or traces the tapes they need; what was traced is written. Names of models may be given.
+A model whose file is there is passed by, unless --again is given; --layers traces the
+linear layers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["MEMPLAN_CACHE"] = "off"
+
+from memplan import tapes
+from memplan.catalog import catalog_models, inspect
+from memplan.errors import InputError
+from memplan.estimator.regimes import first_regime
+from memplan.estimator.schedule import parts_of
+from memplan.gpu import find_gpu
+from memplan.recipe import Recipe
+
+CARDS = ("RTX 3060", "H100 80GB HBM3")
+"""Flash attention, and cuDNN's."""
+
+LAYER_MODELS = ("meta-llama/Llama-2-7b-hf", "openai-community/gpt2")
+"""Models whose linear layers have no bias, and have one."""
+
+LONG = 2**18
+"""A sequence longer than any window."""
+
+
+def recipes() -> Iterator[dict[str, Any]]:
+    """The keys of the recipes that tapes are traced for."""
+    both = ("none", "full")
+    for checkpointing in both:
+        base: dict[str, Any] = {"checkpointing": checkpointing}
+        for quantization, attention in itertools.product(
+            ("none", "nf4-double", "int8"), ("auto", "eager")
+        ):
+            yield base | {"quantization": quantization, "attention": attention}
+        for trainer, quantization in itertools.product(
+            ("transformers", "trl"), ("none", "nf4-double")
+        ):
+            yield base | {"trainer": trainer, "quantization": quantization}
+        yield base | {"method": "full"}
+        yield base | {"method": "full", "trainer": "trl"}
+
+
+def layer_recipes() -> Iterator[dict[str, Any]]:
+    """The keys of further recipes, for the tapes of linear layers alone."""
+    for method, quantization, dropout, trainer, targets in itertools.product(
+        ("lora", "dora"),
+        ("none", "nf4", "nf4-double", "int8"),
+        (0.0, 0.1),
+        ("plain", "trl"),
+        ("all-linear", "attention", "mlp"),
+    ):
+        yield {
+            "method": method,
+            "quantization": quantization,
+            "dropout": dropout,
+            "trainer": trainer,
+            "targets": targets,
+        }
+
+
+def main(names: list[str]) -> None:
+    """Traces and writes the tapes of models, one after the other."""
+    cards = [find_gpu(name) for name in CARDS]
+    for model in catalog_models():
+        architecture = model.architecture
+        path = tapes.shipped_path(tapes.name_of(architecture))
+        if not architecture.generative or (names and architecture.name not in names):
+            continue
+        if path.is_file() and "--again" not in sys.argv:
+            continue
+        first = tapes.model_tape(architecture, first_regime(Recipe()))
+        lengths = (512, LONG) if first.window else (512,)
+        for keys, card, length in itertools.product(recipes(), cards, lengths):
+            with contextlib.suppress(InputError):
+                parts_of(architecture, Recipe(**keys, sequence_length=length), card)
+        tapes.write(path, tapes.file_of(architecture).lines)
+
+
+def make_layers() -> None:
+    """Traces and writes the tapes of linear layers."""
+    card = find_gpu(CARDS[0])
+    for name, keys in itertools.product(LAYER_MODELS, (*recipes(), *layer_recipes())):
+        architecture = inspect(name)
+        with contextlib.suppress(InputError):
+            parts_of(architecture, Recipe(**keys), card)
+    tapes.write(tapes.shipped_path(tapes.LAYERS), tapes.layers_file().lines)
+
+
+if __name__ == "__main__":
+    if "--layers" in sys.argv:
+        make_layers()
+    else:
+        main([name for name in sys.argv[1:] if not name.startswith("--")])
