@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from memplan.errors import HubError, InputError, UnknownNameError
 from memplan.hub import CONFIG_NAME, fetch_config, parse_config, read_content
-from memplan.store import profiles_path
+from memplan.store import profiles_path, read_json
 
 _GIVE = "give a catalog name, a hub id (owner/name), a folder or a config.json"
 
@@ -70,7 +70,8 @@ def catalog_names() -> list[str]:
 def read_catalog(name: str) -> ModelSource:
     """The config of a model of the catalog, by the name that `catalog_names` gives."""
     file = profiles_path() / "architectures" / f"{name.replace('/', '--')}.json"
-    entry = _read_object(file)
+    # Of a file of the catalog's own it need not be asked how deep it is nested.
+    entry = read_json(file)
     config = entry.get("config")
     if not isinstance(config, dict):
         raise InputError("model", str(file), "holds no config", "mend the catalog")

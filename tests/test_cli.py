@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import signal
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ from memplan.errors import InputError, MemplanError
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "rich", "yaml")
 
 
-def loaded_after(code: str) -> set[str]:
+def loaded_after(code: str, **environment: str) -> set[str]:
     """The heavy modules that a program of that code has loaded when it ends."""
     program = (
         "import sys, atexit\n"
@@ -28,7 +29,11 @@ def loaded_after(code: str) -> set[str]:
         f"atexit.register(tell)\n{code}"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        check=True,
+        env=os.environ | environment,
+        text=True,
     )
     return set(done.stderr.split())
 
@@ -53,6 +58,29 @@ def command(*arguments: str) -> str:
 )
 def test_nothing_heavy_is_loaded(code: str, allowed: set[str]) -> None:
     assert loaded_after(code) <= allowed
+
+
+ESTIMATES = (
+    ("estimate", "gpt2", "--checkpointing", "full", "--seq", "512", "--gpu", "12GB"),
+    ("estimate", "gpt2", "--checkpointing", "full", "--json"),
+    ("fits", "gpt2", "--gpu", "12GB", "--method", "lora", "--quantization", "none"),
+)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a user for whom these models were estimated before."""
+    environment = {"MEMPLAN_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    for arguments in ESTIMATES[1:]:
+        assert run_process(*arguments, **environment).code == 0
+    return environment
+
+
+@pytest.mark.parametrize("arguments", ESTIMATES, ids=" ".join)
+def test_known_models_are_estimated_without_anything_heavy(
+    known: dict[str, str], arguments: tuple[str, ...]
+) -> None:
+    assert loaded_after(command(*arguments), **known) <= {"rich"}
 
 
 def test_inspecting_a_config_loads_torch() -> None:
@@ -117,6 +145,9 @@ def test_python_m_memplan_is_the_command_line() -> None:
         (["inspect", "no-such-model"], "model: 'no-such-model' is unknown"),
         (["schema", "bogus"], "'bogus' is not one of"),
         (["simulate"], "MODEL: '' is missing"),
+        (["estimate"], "MODEL: '' is missing"),
+        (["fits"], "--gpu: '' is missing"),
+        (["compare", "gpt2"], "--recipe: '' is but one side"),
         (["simulate", "gpt2", "--method", "lorra"], "method: 'lorra' is unknown; near"),
         (["simulate", "gpt2", "--rank", "0"], "rank: 0 is below 1"),
         (["simulate", "gpt2", "--gpu", "rtx9090"], "--gpu: 'rtx9090' is unknown; near"),
@@ -248,16 +279,28 @@ def on_a_terminal(columns: int, *arguments: str, **environment: str) -> str:
 
 BOLD = "\x1b[1m"
 
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+"""What a terminal does not show: colours, and the moves of a line of progress."""
+
 
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize(
     "arguments",
-    [["models", "llama"], ["gpus"], ["inspect", "openai/gpt-oss-20b"], ["--help"]],
+    [
+        ["models", "llama"],
+        ["gpus"],
+        ["inspect", "openai/gpt-oss-20b"],
+        ["--help"],
+        ["estimate", "gpt2", "--checkpointing", "full", "--gpu", "12GB", "--explain"],
+        ["fits", "gpt2", "--gpu", "12GB", "--method", "lora", "--quantization", "none"],
+    ],
 )
-def test_no_line_is_wider_than_the_terminal(columns: int, arguments: list[str]) -> None:
-    shown = on_a_terminal(columns, *arguments, NO_COLOR="1").replace(BOLD, "")
+def test_no_line_is_wider_than_the_terminal(
+    columns: int, arguments: list[str], known: dict[str, str]
+) -> None:
+    shown = on_a_terminal(columns, *arguments, NO_COLOR="1", **known)
 
-    lines = [line.replace("\x1b[0m", "") for line in shown.splitlines()]
+    lines = [ESCAPE.sub("", line) for line in shown.splitlines()]
     assert max(map(len, lines)) <= columns
     assert "…" not in shown
 

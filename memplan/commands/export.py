@@ -16,8 +16,8 @@ from memplan.commands.options import (
     model_argument,
     read_printed_file,
     trust_option,
+    without_compiler,
 )
-from memplan.commands.simulate import without_compiler
 from memplan.model_source import read_config
 from memplan.plan import decision_hash
 from memplan.recipe import Recipe

@@ -29,7 +29,7 @@ def command(
     most = math.inf if max_params is None else parse_count(max_params, "--max-params")
     models = catalog_models()
     if family is not None:
-        models = _of_family(models, family)
+        models = of_family(models, family)
     found = [
         model
         for model in models
@@ -42,7 +42,8 @@ def command(
         catalog.report_models(found)
 
 
-def _of_family(models: Sequence[CatalogModel], family: str) -> tuple[CatalogModel, ...]:
+def of_family(models: Sequence[CatalogModel], family: str) -> tuple[CatalogModel, ...]:
+    """The models of a family; raises UnknownNameError."""
     known = {model.architecture.model_type for model in models}
     if family.casefold() not in known:
         raise UnknownNameError("--family", family, sorted(known))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import click
 from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
+from memplan.lengths import Lengths, read_lengths, tokens_of
 from memplan.life import MERGE_PLACES, LifeOptions
 from memplan.recipe import (
     Printed,
@@ -49,6 +50,13 @@ trust_option = click.option(
     "--trust-remote-code",
     is_flag=True,
     help="Run Python code that the model's repository brings.",
+)
+
+lengths_option = click.option(
+    "--lengths",
+    "lengths_file",
+    metavar="FILE",
+    help="How long the samples are: JSONL of texts or token counts, or a histogram.",
 )
 
 
@@ -88,6 +96,20 @@ def take_gpu(options: dict[str, Any]) -> Gpu | None:
         context_bytes=_size(context, "--context"),
         os_name=os_name,
     )
+
+
+def lengths_of(file: str | None, model: str, keys: dict[str, Any]) -> Lengths | None:
+    """The lengths in the file that is named, cut to the sequence that is given.
+
+    `model` is whose tokenizer texts are for.
+    """
+    if file is None:
+        return None
+    found = read_lengths(file, lambda texts: tokens_of(texts, model))
+    limit = keys.get("sequence_length")
+    if limit is None:
+        return found
+    return found.cut(Recipe(sequence_length=limit).sequence_length)
 
 
 def life_options(function: Function) -> Function:
@@ -169,13 +191,17 @@ def _spelt_out(args: list[str]) -> Iterator[str]:
 
 def recipe_options(function: Function) -> Function:
     """`--recipe` and one option for each key of a recipe."""
-    options = [
-        click.option(
-            "--recipe",
-            "recipe_file",
-            help="A recipe file, or - for standard input; options given as well win.",
-        )
-    ]
+    file_option = click.option(
+        "--recipe",
+        "recipe_file",
+        help="A recipe file, or - for standard input; options given as well win.",
+    )
+    return file_option(key_options(function))
+
+
+def key_options(function: Function) -> Function:
+    """One option for each key of a recipe."""
+    options = []
     for field in dataclasses.fields(Recipe):
         names = [f"--{field.name.replace('_', '-')}", *_ALIASES.get(field.name, ())]
         options.append(
@@ -206,17 +232,30 @@ def take_given_recipe(
     options: dict[str, Any],
 ) -> tuple[Recipe, str | None, frozenset[str]]:
     """The recipe and the model likewise, and the keys that were given."""
+    keys, model = take_recipe_keys(options)
+    return Recipe.from_mapping(keys), model, frozenset(keys)
+
+
+def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The keys that the command's options give, and the model that their file names.
+
+    Takes the recipe's options out of the command's.
+    """
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
-    overrides = take_given_keys(options)
+    return keys | take_keys(options), model
+
+
+def take_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The keys that are given as options of their own; takes all of these out."""
+    given = given_keys(options)
     for name in field_names():
         del options[name]
-    settled = keys | overrides
-    return Recipe.from_mapping(settled), model, frozenset(settled)
+    return given
 
 
-def take_given_keys(options: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's keys that are given as options of the command, parsed."""
+def given_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that are given as options of their own."""
     return {
         name: parse_option(name, options[name])
         for name in field_names()

@@ -18,8 +18,9 @@ from memplan.commands.options import (
     take_given_recipe,
     take_gpu,
     trust_option,
+    without_compiler,
 )
-from memplan.commands.simulate import import_simulator, without_compiler
+from memplan.commands.simulate import import_simulator
 from memplan.errors import InputError, MissingExtraError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu

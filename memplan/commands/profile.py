@@ -13,10 +13,10 @@ import click
 from memplan import runs
 from memplan.commands.options import (
     RecipeCommand,
+    given_keys,
     json_option,
     model_argument,
     recipe_options,
-    take_given_keys,
     take_recipe,
 )
 from memplan.errors import InputError, MeasurementError, MissingExtraError
@@ -85,7 +85,7 @@ def command(
     MODEL is a catalog name, a hub id, a folder or a config.json. The run is kept as a
     file. Exits with 1 where memory does not suffice.
     """
-    given = take_given_keys(options)
+    given = given_keys(options)
     recipe, named = take_recipe(options)
     settings = _Settings(**options)
     _check_installed()

@@ -53,7 +53,7 @@ def command(
         text = reporter.as_markdown(groups, comparisons, left_out, picture)
         write_text(Path(markdown), text, "--markdown")
     if as_json:
-        json.print_comparison(
+        json.print_validation(
             [each.to_json() for each in comparisons],
             [group.to_json() for group in groups],
             left_out,

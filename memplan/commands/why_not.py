@@ -15,9 +15,9 @@ from memplan.commands.options import (
     recipe_options,
     take_recipe,
     trust_option,
+    without_compiler,
 )
 from memplan.commands.plan import estimate_on, required_gpu
-from memplan.commands.simulate import without_compiler
 from memplan.model_source import read_config
 from memplan.planner.why_not import Question
 from memplan.reporters import json, terminal

@@ -26,8 +26,8 @@ def report_simulation(
 ) -> None:
     """Prints a simulated fine-tune."""
     footprint = simulation.footprint
-    terminal.say(_headline(architecture, recipe, simulation))
-    terminal.say(_verdict(footprint, gpu), style="bold")
+    terminal.say(headline(architecture, recipe, simulation.parameters))
+    terminal.say(verdict(footprint, gpu), style="bold")
     _report_moments(footprint)
     _report_breakdown(footprint)
     newest = simulation.peak_blocks[-1:]
@@ -62,19 +62,20 @@ def report_notes(notes: Sequence[str]) -> None:
         terminal.say(f"Note: {note}", style="dim")
 
 
-def _headline(
-    architecture: Architecture, recipe: Recipe, simulation: Simulation
+def headline(
+    architecture: Architecture, recipe: Recipe, parameters: Mapping[str, int]
 ) -> str:
-    trainable = simulation.trainable_parameters
+    """What is trained, how, and how much of it."""
     quantization = "" if recipe.quantization == "none" else f" on {recipe.quantization}"
     return (
         f"{architecture.name}, {recipe.method}{quantization}, batch "
         f"{recipe.batch_size} x {recipe.sequence_length} tokens: trains "
-        f"{trainable:,} of {format_count(simulation.total_parameters)} parameters"
+        f"{parameters['trainable']:,} of {format_count(parameters['total'])} parameters"
     )
 
 
-def _verdict(footprint: Footprint, gpu: Gpu | None) -> str:
+def verdict(footprint: Footprint, gpu: Gpu | None) -> str:
+    """Whether it fits and by how much; the peak where no card is given."""
     peak = footprint.life_peak
     if gpu is None or footprint.margin_bytes is None:
         return (
@@ -87,6 +88,11 @@ def _verdict(footprint: Footprint, gpu: Gpu | None) -> str:
             f"{footprint.failed_moment}, {format_bytes(footprint.missing_bytes)} short"
         )
     needed = format_bytes(footprint.device_bytes(peak) or 0)
+    if not footprint.fits:
+        return (
+            f"Does not fit on {gpu.name}: {needed} on the device in {peak.label}, "
+            f"{format_bytes(-footprint.margin_bytes)} short"
+        )
     return (
         f"Fits on {gpu.name}: {needed} on the device, "
         f"{format_bytes(footprint.margin_bytes)} to spare"

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import click
@@ -14,8 +13,11 @@ import click
 from memplan import __version__
 from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
+from memplan.comparison import Side, differences
+from memplan.fits import DEFAULTS, Answer
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
+from memplan.lengths import Lengths
 from memplan.machine import Reading
 from memplan.profile import Profile
 from memplan.recipe import Recipe
@@ -50,6 +52,41 @@ def report_object(kind: str, body: Mapping[str, Any]) -> None:
     _print({"kind": kind, **body})
 
 
+def report_fits(
+    gpu: Gpu,
+    keys: Mapping[str, Any],
+    answers: Sequence[Answer],
+    notes: Sequence[str],
+    lengths: Lengths | None,
+) -> None:
+    """Prints what fits on a card; `keys` are those of the recipe that were given."""
+    _print(
+        {
+            "kind": "fits",
+            "gpu": gpu.to_json(),
+            "recipe": dict(DEFAULTS) | dict(keys),
+            "fits": [answer.to_json() for answer in answers],
+            "lengths": None if lengths is None else lengths.to_json(),
+            "notes": list(notes),
+        }
+    )
+
+
+def report_comparison(
+    sides: tuple[Side, ...], gpu: Gpu | None, notes: Sequence[str]
+) -> None:
+    """Prints fine-tunes side by side, and what each takes beyond the first."""
+    _print(
+        {
+            "kind": "comparison",
+            "gpu": None if gpu is None else gpu.to_json(),
+            "sides": [side.to_json() for side in sides],
+            "differences": [one.to_json() for one in differences(sides)],
+            "notes": list(notes),
+        }
+    )
+
+
 def footprint_object(  # noqa: PLR0913 - each is a key of the object
     kind: str,
     model: str,
@@ -77,14 +114,14 @@ def residuals(errors: Mapping[str, Range]) -> dict[str, Any]:
     return {reading: dataclasses.asdict(one) for reading, one in errors.items()}
 
 
-def print_comparison(
+def print_validation(
     runs: list[dict[str, Any]],
     groups: list[dict[str, Any]],
     left_out: Mapping[str, str],
 ) -> None:
     """Prints measured runs beside their predictions, and the errors by group."""
     body = {"runs": runs, "groups": groups, "left_out": dict(left_out)}
-    _print({"kind": "comparison", **body})
+    _print({"kind": "validation", **body})
 
 
 def print_explanations(run: Profile, found: Sequence[Explained]) -> None:
@@ -117,6 +154,9 @@ def print_object(obj: Mapping[str, Any]) -> None:
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions of memplan and of the packages whose behaviour it derives."""
+    # Its import costs a tenth of an estimate, and only --json asks for versions.
+    from importlib import metadata
+
     found = {"memplan": __version__}
     for package in _PACKAGES:
         try:

@@ -24,6 +24,7 @@ KINDS = (
     "plan",
     "runs",
     "simulation",
+    "validation",
     "why-not",
 )
 
@@ -32,8 +33,9 @@ _NUMBER = {"type": "number"}
 _TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
-_MAYBE_TEXT = {"type": ["string", "null"]}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+_ANY_OBJECT = {"type": "object"}
 
 _FOOTPRINT_KEYS = (
     "model",
@@ -49,10 +51,11 @@ _FOOTPRINT_KEYS = (
 )
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
-    "comparison": ("runs", "groups", "left_out"),
-    "estimate": _FOOTPRINT_KEYS,
+    "comparison": ("gpu", "sides", "differences", "notes"),
+    "estimate": (*_FOOTPRINT_KEYS, "margin_bytes", "limits", "terms"),
     "explanation": ("run", "ways"),
     "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
+    "fits": ("gpu", "recipe", "fits", "lengths", "notes"),
     "gpus": ("gpus",),
     "machine": ("machine", "file"),
     "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
@@ -60,6 +63,7 @@ _KEYS = {
     "runs": ("runs",),
     "plan": (*_FOOTPRINT_KEYS, "plan"),
     "simulation": _FOOTPRINT_KEYS,
+    "validation": ("runs", "groups", "left_out"),
     "why-not": (
         "model",
         "recipe",
@@ -99,7 +103,23 @@ def output_schema() -> dict[str, Any]:
             "gpu": {"type": ["object", "null"]},
             "peak": peak,
             "life_peak": peak,
-            "fits": {"type": ["boolean", "null", "array"]},
+            "fits": {
+                "type": ["boolean", "null", "array"],
+                "items": _answer_schema(peak),
+            },
+            "margin_bytes": _MAYBE_INTEGER,
+            "limits": _limits_schema(),
+            "terms": _list_of(
+                term={"enum": list(CATEGORIES)},
+                bytes=_BYTES,
+                equation=_TEXT,
+                shares=_list_of(equation=_TEXT, bytes=_BYTES),
+            ),
+            "lengths": _lengths_schema(),
+            "sides": _list_of(
+                name=_TEXT, kind=_TEXT, model=_TEXT, recipe=_ANY_OBJECT, peak=peak
+            ),
+            "differences": _differences_schema(),
             "moments": {"type": "array", "items": moment},
             "breakdown": _object(**dict.fromkeys(CATEGORIES, _BYTES)),
             "parameters": _object(total=_COUNT, trainable=_MAYBE_INTEGER),
@@ -252,6 +272,60 @@ def _decision_schema() -> dict[str, Any]:
     )
 
 
+def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
+    """Whether a model fits in one way; no peak where it was not estimated."""
+    return _object(
+        model=_TEXT,
+        model_type=_TEXT,
+        total_parameters=_COUNT,
+        method=_TEXT,
+        quantization=_TEXT,
+        batch_size=_COUNT,
+        sequence_length=_COUNT,
+        fits={"type": "boolean"},
+        peak=_or_null(peak),
+        life_peak=_or_null(peak),
+        margin_bytes=_MAYBE_INTEGER,
+        longest_sequence_length=_MAYBE_INTEGER,
+        weights_bytes=_COUNT,
+        problem=_MAYBE_TEXT,
+    )
+
+
+def _limits_schema() -> dict[str, Any]:
+    return _or_null(
+        _object(
+            largest_batch_size=_MAYBE_INTEGER, longest_sequence_length=_MAYBE_INTEGER
+        )
+    )
+
+
+def _lengths_schema() -> dict[str, Any]:
+    """How long samples are, and where they were asked for, what batches they make."""
+    return _or_null(
+        _object(
+            samples=_COUNT,
+            tokens=_COUNT,
+            mean={"type": "number"},
+            p50=_COUNT,
+            p99=_COUNT,
+            max=_COUNT,
+        )
+    )
+
+
+def _differences_schema() -> dict[str, Any]:
+    bytes_by_name = {"type": "object", "additionalProperties": _BYTES}
+    return _list_of(
+        name=_TEXT,
+        against=_TEXT,
+        recipe=_ANY_OBJECT,
+        peak=bytes_by_name,
+        breakdown=bytes_by_name,
+        moments=bytes_by_name,
+    )
+
+
 def _architecture_schema() -> dict[str, Any]:
     linear = _object(path=_TEXT, in_features=_COUNT, out_features=_COUNT, kind=_TEXT)
     shape = {"type": "array", "items": _COUNT}
@@ -280,6 +354,10 @@ def _object(**properties: Any) -> dict[str, Any]:
         "properties": properties,
         "required": list(properties),
     }
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _list_of(**properties: Any) -> dict[str, Any]:

@@ -46,9 +46,13 @@ def table(
     rows: Sequence[Sequence[str]],
     *,
     right: Sequence[str] = (),
+    wraps: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """A table whose `right` columns are numbers and whose first column may wrap."""
+    """A table whose `right` columns are numbers.
+
+    Its first column may wrap, and so may those in `wraps`.
+    """
     is_terminal = sys.stdout.isatty()
     drawn = Table(
         box=SIMPLE_HEAD if is_terminal else None,
@@ -61,7 +65,7 @@ def table(
         drawn.add_column(
             name,
             justify="right" if name in right else "left",
-            no_wrap=index > 0,
+            no_wrap=index > 0 and name not in wraps,
             overflow="fold",
         )
     for row in rows:

@@ -73,10 +73,11 @@ def layer_recipes() -> Iterator[dict[str, Any]]:
 def main(names: list[str]) -> None:
     """Traces and writes the tapes of models, one after the other."""
     cards = [find_gpu(name) for name in CARDS]
-    for model in catalog_models():
-        architecture = model.architecture
+    known = {model.architecture.name: model.architecture for model in catalog_models()}
+    for name in names or known:
+        architecture = known[name]
         path = tapes.shipped_path(tapes.name_of(architecture))
-        if not architecture.generative or (names and architecture.name not in names):
+        if not architecture.generative:
             continue
         if path.is_file() and "--again" not in sys.argv:
             continue

@@ -1,0 +1,136 @@
+"""The largest batch and the longest sequence of a fine-tune that still fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memplan.architecture import Architecture
+from memplan.estimator import Estimate
+from memplan.estimator.moments import moments
+from memplan.estimator.schedule import Parts, parts_of, step_of
+from memplan.gpu import Gpu
+
+LENGTH_STEP = 64
+"""Tokens between the sequences that are tried."""
+
+LONGEST_SEQUENCE = 2**20
+"""Tokens of the longest sequence that is tried."""
+
+LARGEST_BATCH = 2**16
+"""Sequences of the largest batch that is tried."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What still fits on a card; None where not even the least does."""
+
+    batch_size: int | None
+    """At the recipe's sequence."""
+    sequence_length: int | None
+    """At the recipe's batch, in steps of LENGTH_STEP."""
+
+    def to_json(self) -> dict[str, int | None]:
+        """The limits as output shows them."""
+        return {
+            "largest_batch_size": self.batch_size,
+            "longest_sequence_length": self.sequence_length,
+        }
+
+
+def limits(estimate: Estimate, gpu: Gpu) -> Limits:
+    """The largest batch and the longest sequence of an estimated fine-tune."""
+    return Limits(
+        batch_size=largest_batch(estimate, gpu),
+        sequence_length=longest_sequence(estimate, gpu),
+    )
+
+
+def largest_batch(estimate: Estimate, gpu: Gpu) -> int | None:
+    """The most sequences of the recipe's length that fit in a micro-batch."""
+    room = _Room(estimate.parts, gpu)
+    length = estimate.parts.recipe.sequence_length
+    return _last_fitting(
+        lambda batch: room.margin_bytes(batch, length), range(1, LARGEST_BATCH + 1)
+    )
+
+
+def longest_sequence(estimate: Estimate, gpu: Gpu) -> int | None:
+    """The longest sequence that fits at the recipe's batch.
+
+    In steps of LENGTH_STEP, up to the positions that the model is configured for.
+    """
+    room = _Room(estimate.parts, gpu)
+    batch = estimate.parts.recipe.batch_size
+    return _last_fitting(
+        lambda length: room.margin_bytes(batch, length),
+        _lengths(estimate.parts.architecture),
+    )
+
+
+class _Room:
+    """What a fine-tune at other batches and sequences would leave of a card.
+
+    Its parts depend on neither, but for whether sequences outgrow the windows of
+    sliding attention.
+    """
+
+    def __init__(self, parts: Parts, gpu: Gpu) -> None:
+        self._parts = {self._is_windowed(parts, parts.recipe.sequence_length): parts}
+        self._base = parts
+        self._gpu = gpu
+
+    def margin_bytes(self, batch: int, length: int) -> int:
+        """What is left at the life's peak; negative where it lacks."""
+        parts = self._parts_at(length)
+        found = moments(parts, step_of(parts, batch, length))
+        peak_bytes = max(moment.reserved_bytes for moment in found)
+        return self._gpu.budget_bytes - peak_bytes
+
+    def _parts_at(self, length: int) -> Parts:
+        windowed = self._is_windowed(self._base, length)
+        if windowed not in self._parts:
+            recipe = dataclasses.replace(self._base.recipe, sequence_length=length)
+            made = parts_of(self._base.architecture, recipe, self._gpu)
+            self._parts[windowed] = made
+        return self._parts[windowed]
+
+    @staticmethod
+    def _is_windowed(parts: Parts, length: int) -> bool:
+        return parts.tape.window is not None and length > parts.tape.window
+
+
+def _lengths(architecture: Architecture) -> range:
+    longest = min(architecture.max_positions or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
+    step = min(LENGTH_STEP, longest)
+    return range(step, longest + 1, step)
+
+
+def _last_fitting(margin: Callable[[int], int], values: range) -> int | None:
+    """The last of rising values whose margin, which falls, is not negative.
+
+    Guesses lie where the line between two margins crosses zero (false position, with
+    the Illinois rule): memory is close to linear, so few are needed.
+    """
+    low, high = 0, len(values) - 1
+    at_low: float = margin(values[low])
+    if at_low < 0:
+        return None
+    at_high: float = margin(values[high])
+    if at_high >= 0:
+        return values[high]
+    fitted = None
+    while high - low > 1:
+        guess = low + int((high - low) * at_low / (at_low - at_high))
+        guess = min(max(guess, low + 1), high - 1)
+        found = margin(values[guess])
+        fits = found >= 0
+        if fits:
+            low, at_low = guess, found
+            at_high = at_high / 2 if fitted is True else at_high
+        else:
+            high, at_high = guess, found
+            at_low = at_low / 2 if fitted is False else at_low
+        fitted = fits
+    return values[low]
