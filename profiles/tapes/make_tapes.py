@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ["MEMPLAN_CACHE"] = "off"
 
-from memplan import tapes
+from memplan import registry, tapes
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator.regimes import first_regime
@@ -54,19 +54,18 @@ def recipes() -> Iterator[dict[str, Any]]:
 
 def layer_recipes() -> Iterator[dict[str, Any]]:
     """The keys of further recipes, for the tapes of linear layers alone."""
-    for method, quantization, dropout, trainer, targets in itertools.product(
-        ("lora", "dora"),
+    for method, quantization, dropout, trainer in itertools.product(
+        (name for name in registry.names("methods") if name not in ("full", "peft")),
         ("none", "nf4", "nf4-double", "int8"),
         (0.0, 0.1),
         ("plain", "trl"),
-        ("all-linear", "attention", "mlp"),
     ):
         yield {
             "method": method,
             "quantization": quantization,
             "dropout": dropout,
             "trainer": trainer,
-            "targets": targets,
+            "targets": "mlp",
         }
 
 

@@ -32,19 +32,21 @@ from memplan.training.step import autocast
 STEP = 64
 """What inputs and outputs are multiples of: a 4-bit block's weights."""
 
-_IN, _OUT, _RANK = 1013, 1019, 1009
+_IN, _OUT, RANK = 61, 67, 59
+"""Primes that tell inputs, outputs and rank; the rank divides both sides, as methods
+that average over groups ask."""
 
-IN_FEATURES = STEP * _IN
-OUT_FEATURES = STEP * _OUT
-RANK = _RANK
+IN_FEATURES = STEP * RANK * _IN
+OUT_FEATURES = STEP * RANK * _OUT
 
 DIMENSIONS = Dimensions(
     {
         "N": (BATCH * LENGTHS[0], BATCH),
         "i": (IN_FEATURES, _IN),
         "o": (OUT_FEATURES, _OUT),
-        "r": (RANK, _RANK),
-    }
+        "r": (RANK, RANK),
+    },
+    shared=RANK,
 )
 
 
@@ -54,7 +56,7 @@ class Single(nn.Module):
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
-        self.config = PreTrainedConfig()
+        self.config = PreTrainedConfig(hidden_size=OUT_FEATURES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.linear(x)

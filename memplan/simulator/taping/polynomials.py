@@ -66,9 +66,16 @@ def _in_rounded_length(first: int, second: int) -> Polynomial:
 class Dimensions:
     """Dimensions by letter, each with the prime that tells it."""
 
-    def __init__(self, dimensions: Mapping[str, tuple[int, int]]) -> None:
-        """Takes for each letter the dimension and its prime."""
+    def __init__(
+        self, dimensions: Mapping[str, tuple[int, int]], shared: int = 1
+    ) -> None:
+        """Takes for each letter the dimension and its prime.
+
+        `shared` is one that divides others, and is a dimension of its own where it is
+        left over.
+        """
         self._dimensions = dimensions
+        self._shared = shared
 
     def monomial(self, num_bytes: int) -> Polynomial:
         """The size as one monomial; empty for none."""
@@ -78,6 +85,9 @@ class Dimensions:
         for letter, (dimension, prime) in self._dimensions.items():
             while rest % prime == 0:
                 word, rest, value = word + letter, rest // prime, value * dimension
+                has_shared = prime != self._shared and dimension % self._shared == 0
+                if has_shared and rest % self._shared == 0:
+                    rest //= self._shared
         return {word: _exact(num_bytes, value)}
 
 
