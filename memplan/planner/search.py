@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import methods
 from memplan.architecture import Architecture, Linear
 from memplan.errors import InputError
 from memplan.footprint import Footprint
@@ -291,8 +292,9 @@ class Search:
 
     @functools.cached_property
     def _linears(self) -> dict[str, Linear]:
-        """What is adapted; nothing where everything is trained."""
-        if self.base.method == "full":
+        """The layers whose ranks are searched; none where these are settled."""
+        takes_ranks = "rank_pattern" in methods.find(self.base.method).uses
+        if "rank_pattern" in self.given or not takes_ranks:
             return {}
         return adapted_linears(self.architecture, self.base)
 

@@ -133,6 +133,16 @@ def test_full_fine_tuning_has_no_ranks() -> None:
     assert within(found, one)
 
 
+def test_ranks_that_were_given_by_module_are_settled() -> None:
+    pattern = {"q_proj": 2}
+    one = search(base=Recipe(rank=8, rank_pattern=pattern), given={"rank_pattern"})
+
+    found = one.run()
+
+    assert found.ranked is None
+    assert found.recipe.rank_pattern == pattern
+
+
 def test_front_holds_what_nothing_beats() -> None:
     found = search(architecture=LLAMA).run()
 
