@@ -11,7 +11,7 @@ from memplan.architecture import Architecture
 from memplan.gpu import Gpu
 from memplan.plan import Plan, Rejected
 from memplan.planner.choices import QUANTIZATIONS, Estimate, Floors
-from memplan.planner.ranks import KNEE_TOLERANCE, ROBUST
+from memplan.planner.ranks import QUALITY_TOLERANCE, ROBUST
 from memplan.planner.search import RATES_OF, Candidate, Found, Search, front
 from memplan.planner.value import priors
 from memplan.planner.why_not import Change, Question, rejected
@@ -116,7 +116,7 @@ def _rank_reasons(asked: Asked, found: Found) -> Iterator[str]:
     if ranked.slack and "rank" not in asked.given:
         yield (
             "Rank is not the bottleneck: every module could have the largest, and the "
-            f"ranks stop where {KNEE_TOLERANCE:.0%} of the adapters' worth is left."
+            f"ranks stop {QUALITY_TOLERANCE:.0%} of the adapters' worth short of it."
         )
     if asked.prior == ROBUST and ranked.regrets:
         told = ", ".join(

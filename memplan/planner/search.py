@@ -22,13 +22,17 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
 from memplan.planner.choices import PREFERENCES, Estimate, Floors
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
-from memplan.planner.ranks import DEFAULT_PRIOR, Ranked, RankSearch, lost_share, menu
+from memplan.planner.ranks import (
+    DEFAULT_PRIOR,
+    QUALITY_TOLERANCE,
+    Ranked,
+    RankSearch,
+    lost_share,
+    menu,
+)
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
-
-QUALITY_TOLERANCE = 0.02
-"""Shares of the adapters' worth that count as the same quality."""
 
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
