@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memplan.errors import InputError, MemplanError
     from memplan.footprint import Footprint, Moment
     from memplan.gpu import Gpu, find_gpu
+    from memplan.plan import Plan
     from memplan.profile import Profile
     from memplan.profiler import measure
     from memplan.recipe import Recipe
@@ -30,6 +31,7 @@ __all__ = [
     "InputError",
     "MemplanError",
     "Moment",
+    "Plan",
     "Profile",
     "Recipe",
     "find_gpu",
@@ -45,6 +47,7 @@ _MODULES = {
     "InputError": "errors",
     "MemplanError": "errors",
     "Moment": "footprint",
+    "Plan": "plan",
     "Profile": "profile",
     "Recipe": "recipe",
     "find_gpu": "gpu",

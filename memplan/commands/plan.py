@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -123,13 +124,12 @@ def command(  # noqa: PLR0913 - each is an option
     )
     title = f"Planning {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():
-        made = decide.plan(
-            architecture,
-            gpu,
-            asked,
-            estimate_on(architecture, gpu),
-            simulation_on(architecture, gpu, base, floors.margin_bytes),
+        means = decide.Means(
+            estimate=estimate_on(architecture, gpu),
+            verify=simulation_on(architecture, gpu, base, floors.margin_bytes),
+            parameters=parameters_on(architecture, gpu),
         )
+        made = decide.plan(architecture, gpu, asked, means)
     made = dataclasses.replace(made, versions=json.versions())
     if as_json:
         json.print_object(made.to_json())
@@ -153,6 +153,15 @@ def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
     from memplan.estimator import estimate
 
     return lambda recipe: estimate(architecture, recipe, gpu)
+
+
+def parameters_on(
+    architecture: Architecture, gpu: Gpu
+) -> Callable[[Recipe], Mapping[str, int]]:
+    """The parameters of a recipe, in all and trained, as the closed form counts."""
+    from memplan import estimator
+
+    return lambda recipe: estimator.run(architecture, recipe, gpu).parameters
 
 
 def simulation_on(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import methods
 from memplan.architecture import Architecture
 from memplan.gpu import Gpu
 from memplan.plan import Plan, Rejected
 from memplan.planner.choices import QUANTIZATIONS, Estimate, Floors
-from memplan.planner.modules import adapted_linears
-from memplan.planner.ranks import KNEE_TOLERANCE, ROBUST
+from memplan.planner.ranks import QUALITY_TOLERANCE, ROBUST
 from memplan.planner.search import RATES_OF, Candidate, Found, Search, front
 from memplan.planner.value import priors
 from memplan.planner.why_not import Change, Question, rejected
@@ -36,24 +34,26 @@ class Asked:
     """How many other recipes are shown."""
 
 
-def plan(
-    architecture: Architecture,
-    gpu: Gpu,
-    asked: Asked,
-    estimate: Estimate,
-    verify: Estimate | None,
-) -> Plan:
-    """The plan; `verify` has the last word, and the estimate where it is None.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Means:
+    """What is known of a recipe on the card."""
 
-    Raises InputError where nothing fits.
-    """
+    estimate: Estimate
+    verify: Estimate | None
+    """What has the last word; None where the estimate has it."""
+    parameters: Callable[[Recipe], Mapping[str, int]]
+    """`total` and `trainable`."""
+
+
+def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Plan:
+    """The plan; raises InputError where nothing fits."""
     search = Search(
         architecture=architecture,
         gpu=gpu,
         base=asked.base,
         given=asked.given,
-        estimate=estimate,
-        verify=verify or estimate,
+        estimate=means.estimate,
+        verify=means.verify or means.estimate,
         floors=asked.floors,
         prefer=asked.prefer,
         granularity=asked.granularity,
@@ -61,7 +61,10 @@ def plan(
     )
     found = search.run()
     question = Question(
-        architecture=architecture, recipe=found.recipe, gpu=gpu, estimate=estimate
+        architecture=architecture,
+        recipe=found.recipe,
+        gpu=gpu,
+        estimate=means.estimate,
     )
     ranked = found.ranked
     return Plan(
@@ -69,11 +72,8 @@ def plan(
         recipe=found.recipe,
         gpu=gpu,
         footprint=found.candidate.footprint,
-        parameters={
-            "total": architecture.total_parameters,
-            "trainable": trained_parameters(architecture, found.recipe),
-        },
-        verified_by="estimate" if verify is None else "simulation",
+        parameters=means.parameters(found.recipe),
+        verified_by="estimate" if means.verify is None else "simulation",
         prefer=asked.prefer,
         prior=asked.prior,
         tier="T0",
@@ -83,19 +83,6 @@ def plan(
         alternatives=tuple(_alternatives(found, asked.alternatives)),
         rejected=tuple(map(_rejected, rejected(question.single_changes))),
         notes=tuple(dict.fromkeys(_notes(gpu, found, asked))),
-    )
-
-
-def trained_parameters(architecture: Architecture, recipe: Recipe) -> int:
-    """The parameters that a recipe trains."""
-    if recipe.method == "full":
-        return architecture.total_parameters
-    method = methods.find(recipe.method)
-    return sum(
-        method.trainable_parameters(
-            linear, methods.rank_at(recipe, path), methods.options_at(recipe, path)
-        )
-        for path, linear in adapted_linears(architecture, recipe).items()
     )
 
 
@@ -129,7 +116,7 @@ def _rank_reasons(asked: Asked, found: Found) -> Iterator[str]:
     if ranked.slack and "rank" not in asked.given:
         yield (
             "Rank is not the bottleneck: every module could have the largest, and the "
-            f"ranks stop where {KNEE_TOLERANCE:.0%} of the adapters' worth is left."
+            f"ranks stop {QUALITY_TOLERANCE:.0%} of the adapters' worth short of it."
         )
     if asked.prior == ROBUST and ranked.regrets:
         told = ", ".join(

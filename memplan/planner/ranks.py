@@ -18,7 +18,7 @@ from memplan.architecture import Linear
 from memplan.footprint import Footprint
 from memplan.planner.choices import Estimate
 from memplan.planner.modules import Group, with_ranks
-from memplan.planner.solver import Problem, Solution, solve_lagrangian
+from memplan.planner.solver import Problem, Solution, solve_lagrangian, solve_milp
 from memplan.planner.solver.problem import Floats, Integers
 from memplan.planner.value import priors
 from memplan.planner.value.robust import solve_robust
@@ -35,8 +35,9 @@ better by a sixth of what halving every rank costs, on one model of 0.3 M parame
 MOST_TIGHTENINGS = 6
 """Times that the budget is tightened before the smallest ranks are taken."""
 
-KNEE_TOLERANCE = 0.02
-"""The share of the adapters' worth that the knee may lose beside what fits."""
+QUALITY_TOLERANCE = 0.1
+"""The share of the adapters' worth within which ranks count as alike, which is as much
+as the priors know: rank 128 and a rank of 40 everywhere are that far apart."""
 
 HALVINGS = 7
 """Halvings of the budget in the search for the knee: to a hundredth of it."""
@@ -110,7 +111,7 @@ class RankSearch:
     def _within(self, posed: Problem) -> Ranked | None:
         """The ranks whose estimate is within the budget."""
         for _ in range(MOST_TIGHTENINGS):
-            solution, regrets = self._solved(posed)
+            solution, regrets = self._solved(posed, exact=True)
             if solution.choices is None:
                 return None
             found = self._ranked(solution, regrets)
@@ -123,29 +124,34 @@ class RankSearch:
     def _at_the_knee(self, posed: Problem, found: Ranked) -> Ranked:
         """Fewer bytes for nearly the same: the smallest share within the tolerance."""
         linears = self._linears()
-        most_lost = lost_share(linears, found.ranks) + KNEE_TOLERANCE
+        most_lost = lost_share(linears, found.ranks) + QUALITY_TOLERANCE
         used = np.array(found.solution.used_bytes, dtype=np.float64)
-        low, high, best = 0.0, 1.0, (found.solution, found.regrets)
+        low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             share = (low + high) / 2
-            tried = self._solved(posed.with_free_bytes((used * share).astype(np.int64)))
-            choices = tried[0].choices
+            choices = self._solved(_within_bytes(posed, used * share))[0].choices
             fits = choices is not None
             if fits and lost_share(linears, self._spread(choices or ())) <= most_lost:
-                high, best = share, tried
+                high = share
             else:
                 low = share
-        kept = dataclasses.replace(best[0], prices=found.solution.prices)
-        return self._ranked(kept, best[1])
+        solution, regrets = self._solved(_within_bytes(posed, used * high), exact=True)
+        kept = dataclasses.replace(solution, prices=found.solution.prices)
+        return self._ranked(kept, regrets)
 
-    def _solved(self, problem: Problem) -> tuple[Solution, Mapping[str, float]]:
-        """The solution, and what each prior regrets of it."""
+    def _solved(
+        self, problem: Problem, *, exact: bool = False
+    ) -> tuple[Solution, Mapping[str, float]]:
+        """The solution, and what each prior regrets of it; `exact` asks HiGHS, too."""
         named = priors.names() if self.prior == ROBUST else (self.prior,)
         by_prior = {name: losses(self.groups, self.ranks, name) for name in named}
         if len(by_prior) > 1:
-            robust = solve_robust(problem.with_costs(by_prior[named[0]]), by_prior)
+            robust = solve_robust(
+                problem.with_costs(by_prior[named[0]]), by_prior, exact=exact
+            )
             return robust.solution, robust.regrets
-        return solve_lagrangian(problem.with_costs(by_prior[named[0]])), {}
+        solve = solve_milp if exact else solve_lagrangian
+        return solve(problem.with_costs(by_prior[named[0]])), {}
 
     def _ranked(self, solution: Solution, regrets: Mapping[str, float]) -> Ranked:
         ranks = self._spread(solution.choices or ())
@@ -222,6 +228,11 @@ def _lost_share(
     whole = sum(held.weight(one) for one in linears.values())
     lost = sum(held.loss(one, ranks[path]) for path, one in linears.items())
     return lost / whole
+
+
+def _within_bytes(problem: Problem, used: Floats) -> Problem:
+    """The problem with so many bytes of each moment free."""
+    return problem.with_free_bytes(used.astype(np.int64))
 
 
 def _allocated(footprint: Footprint, labels: Sequence[str]) -> Integers:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import methods
 from memplan.architecture import Architecture, Linear
 from memplan.errors import InputError
 from memplan.footprint import Footprint
@@ -21,13 +22,17 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
 from memplan.planner.choices import PREFERENCES, Estimate, Floors
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
-from memplan.planner.ranks import DEFAULT_PRIOR, Ranked, RankSearch, lost_share, menu
+from memplan.planner.ranks import (
+    DEFAULT_PRIOR,
+    QUALITY_TOLERANCE,
+    Ranked,
+    RankSearch,
+    lost_share,
+    menu,
+)
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
-
-QUALITY_TOLERANCE = 0.02
-"""Shares of the adapters' worth that count as the same quality."""
 
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
@@ -291,8 +296,9 @@ class Search:
 
     @functools.cached_property
     def _linears(self) -> dict[str, Linear]:
-        """What is adapted; nothing where everything is trained."""
-        if self.base.method == "full":
+        """The layers whose ranks are searched; none where these are settled."""
+        takes_ranks = "rank_pattern" in methods.find(self.base.method).uses
+        if "rank_pattern" in self.given or not takes_ranks:
             return {}
         return adapted_linears(self.architecture, self.base)
 

@@ -16,7 +16,7 @@ from memplan.gpu import find_gpu
 from memplan.planner import choices
 from memplan.planner.choices import Floors, recipes, with_keys
 from memplan.planner.modules import adapted_linears, group
-from memplan.planner.ranks import RankSearch, lost_share, menu
+from memplan.planner.ranks import QUALITY_TOLERANCE, RankSearch, lost_share, menu
 from memplan.planner.search import Found, Search, front, rated
 from memplan.planner.value import priors
 from memplan.recipe import Recipe
@@ -133,6 +133,16 @@ def test_full_fine_tuning_has_no_ranks() -> None:
     assert within(found, one)
 
 
+def test_ranks_that_were_given_by_module_are_settled() -> None:
+    pattern = {"q_proj": 2}
+    one = search(base=Recipe(rank=8, rank_pattern=pattern), given={"rank_pattern"})
+
+    found = one.run()
+
+    assert found.ranked is None
+    assert found.recipe.rank_pattern == pattern
+
+
 def test_front_holds_what_nothing_beats() -> None:
     found = search(architecture=LLAMA).run()
 
@@ -201,7 +211,7 @@ def test_more_budget_loses_no_more() -> None:
         for step in range(5)
     ]
 
-    assert all(b <= a + 0.02 for a, b in itertools.pairwise(lost))
+    assert all(b <= a + 0.1 for a, b in itertools.pairwise(lost))
 
 
 def test_slack_memory_stops_at_the_knee() -> None:
@@ -211,7 +221,7 @@ def test_slack_memory_stops_at_the_knee() -> None:
     assert max(ranked.ranks.values()) <= 128
     linears = adapted_linears(LLAMA, Recipe())
     most = lost_share(linears, dict.fromkeys(linears, 128))
-    assert most <= lost_share(linears, ranked.ranks) <= most + 0.02 + 1e-9
+    assert most <= lost_share(linears, ranked.ranks) <= most + QUALITY_TOLERANCE
     assert sum(ranked.ranks.values()) < 128 * len(linears)
 
 
