@@ -1,8 +1,8 @@
 """memplan: how much GPU memory a fine-tune takes, and what to run so that it fits.
 
-The nouns are `Architecture`, `Recipe`, `Gpu` and `Footprint`; `inspect` reads a model
-into an `Architecture`, `find_gpu` a card's name into a `Gpu`, and `simulate` turns the
-three into a `Footprint`.
+The nouns are `Architecture`, `Recipe`, `Gpu`, `Footprint` and `Profile`; `inspect`
+reads a model into an `Architecture`, `find_gpu` a card's name into a `Gpu`, `simulate`
+turns the three into a `Footprint`, and `measure` runs them into a `Profile`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from memplan.errors import InputError, MemplanError
     from memplan.footprint import Footprint, Moment
     from memplan.gpu import Gpu, find_gpu
+    from memplan.profile import Profile
+    from memplan.profiler import measure
     from memplan.recipe import Recipe
     from memplan.simulator import simulate
 
@@ -28,9 +30,11 @@ __all__ = [
     "InputError",
     "MemplanError",
     "Moment",
+    "Profile",
     "Recipe",
     "find_gpu",
     "inspect",
+    "measure",
     "simulate",
 ]
 
@@ -41,9 +45,11 @@ _MODULES = {
     "InputError": "errors",
     "MemplanError": "errors",
     "Moment": "footprint",
+    "Profile": "profile",
     "Recipe": "recipe",
     "find_gpu": "gpu",
     "inspect": "catalog",
+    "measure": "profiler",
     "simulate": "simulator",
 }
 

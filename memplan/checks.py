@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan import losses, methods
+from memplan import losses, methods, quantizations
 from memplan.architecture import Architecture
 from memplan.errors import InputError
 from memplan.gpu import Gpu
@@ -27,6 +27,8 @@ def check(
     _check_card(recipe, gpu)
     method_notes = methods.check(recipe)
     methods.check_shapes(architecture, recipe)
+    _check_base(recipe)
+    _check_optimizer(recipe)
     return (
         *method_notes,
         *architecture.notes,
@@ -57,6 +59,45 @@ def _check_positions(architecture: Architecture, recipe: Recipe) -> None:
             recipe.sequence_length,
             f"is longer than the {longest} positions that {architecture.name} learned",
             f"give at most {longest}",
+        )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    if recipe.optimizer == "lora-fa" and recipe.method != "lora-fa":
+        raise InputError(
+            "optimizer",
+            recipe.optimizer,
+            f"is of method lora-fa alone, and would freeze A under {recipe.method}",
+            "use method lora-fa, or another optimizer",
+        )
+
+
+def _check_base(recipe: Recipe) -> None:
+    """Raises InputError for a base whose layers the method's tuner does not know."""
+    scheme, method = (
+        quantizations.find(recipe.quantization),
+        methods.find(recipe.method),
+    )
+    if scheme.lora_only and not method.by_lora:
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            f"is known to PEFT's LoRA alone, which method {recipe.method} is none of",
+            "use nf4-double, or another method",
+        )
+    if scheme.lora_only and recipe.method == "dora":
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            "is not simulated under DoRA, which copies its layers",
+            "use nf4-double, or another method",
+        )
+    if recipe.method == "dora" and recipe.quantization == "nf4-icq":
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            "cannot carry DoRA: PEFT takes norms of its codes without their shifts",
+            "use nf4-double",
         )
 
 

@@ -20,11 +20,19 @@ COMMANDS = {
     "estimate": "Estimate a fine-tune's memory at once, term by term.",
     "fits": "Say what fits on a card: models by ways to fine-tune them.",
     "compare": "Compare fine-tunes, term by term.",
+    "export": "Write a plan or a recipe as the files that a trainer takes.",
     "gpus": "List the cards that the catalog knows.",
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
+    "plan": "Choose the recipe, and a rank for every module, that fit a card.",
     "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
-    "schema": "Print the JSON schema of a recipe file or of the output.",
+    "profile": "Measure a real short fine-tune, in a process of its own.",
+    "runs": "List measured runs, show one, or import others'.",
+    "validate": "Compare predictions with everything that was measured.",
+    "explain": "Show why a measured run differs from its prediction.",
+    "doctor": "Measure this machine's CUDA context and card, once.",
+    "why-not": "Say why a recipe does not fit a card, and what would change that.",
+    "schema": "Print the JSON schema of a recipe, a plan, the output or a run.",
 }
 """Each command with its line of help; its module is of the same name."""
 

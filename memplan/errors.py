@@ -1,6 +1,7 @@
 """Every error memplan raises on purpose.
 
 * MemplanError          exit code 3: memplan itself is wrong
+  + MeasurementError    exit code 3: a measuring process died or failed
   + InputError          exit code 2: says the field, the value and the way out
     - UnknownNameError  a name that is in no catalog or registry; lists the near ones
     - HubError          the hub, its cache or its answer
@@ -29,6 +30,18 @@ class InputError(MemplanError):
         self.field = field
         self.value = value
         super().__init__(f"{field}: {shown(value)} {problem}; {remedy}")
+
+    @classmethod
+    def from_message(cls, message: str) -> InputError:
+        """An error that another process raised, by its whole message."""
+        error = cls.__new__(cls)
+        error.field, error.value = "", ""
+        Exception.__init__(error, message)
+        return error
+
+
+class MeasurementError(MemplanError):
+    """A process that measured died or failed; the message says of what."""
 
 
 class UnknownNameError(InputError):

@@ -56,6 +56,15 @@ class Moment:
         """Whether the moment belongs to a training step."""
         return self.label[0].isdigit()
 
+    def merged(self, later: Moment) -> Moment:
+        """Both as one, as those of a step's micro-batches are: the worst of each."""
+        worse = max(self, later, key=lambda moment: moment.allocated_bytes)
+        return dataclasses.replace(
+            worse,
+            reserved_bytes=max(self.reserved_bytes, later.reserved_bytes),
+            end_allocated_bytes=later.end_allocated_bytes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:

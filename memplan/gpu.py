@@ -5,7 +5,7 @@ Notable:
   driver keeps, and that is less than the number on the box.
 * A name finds a card only when it says which: `v100` is refused, for there are two.
 * Whatever was not read but assumed is a sentence in `Gpu.assumptions`.
-* NVML is imported only for `auto`; its errors become InputError in `_nvml_session`.
+* NVML is imported only for `auto`; its errors become InputError in `nvml_session`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from memplan import machine
 from memplan.errors import InputError, UnknownNameError
 from memplan.store import profiles_path, read_json
 from memplan.units import BYTES_PER_UNIT, GIB, MIB, format_bytes, is_size, parse_size
@@ -118,6 +119,22 @@ class Gpu:
         }
 
     @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Gpu:
+        """The card that `to_json` wrote."""
+        major, minor = map(int, data["compute_capability"].split("."))
+        return cls(
+            name=data["name"],
+            capacity_bytes=data["capacity_bytes"],
+            reserve_bytes=data["reserve_bytes"],
+            context_bytes=data["context_bytes"],
+            compute_capability=(major, minor),
+            memory_bandwidth_gbps=data["memory_bandwidth_gbps"],
+            bf16_dense_tflops=data["bf16_dense_tflops"],
+            native_bf16=data["native_bf16"],
+            assumptions=tuple(data["assumptions"]),
+        )
+
+    @classmethod
     def from_card(
         cls, card: Card, *, os_name: str = "linux", context_bytes: int | None = None
     ) -> Gpu:
@@ -171,6 +188,8 @@ def find_gpu(
         gpu = _from_reading(_read_device(), context_bytes)
     else:
         gpu = _asked_gpu(asked, system, context_bytes)
+    if context_bytes is None and system == _this_system():
+        gpu = _as_measured(gpu, automatic)
     return _keep_back(gpu, reserve_bytes, display, system)
 
 
@@ -197,6 +216,24 @@ def _asked_gpu(asked: str, system: str, context_bytes: int | None) -> Gpu:
     if is_size(asked) and not _is_card_number(asked):
         return _from_size(asked, context_bytes)
     raise UnknownNameError(_FIELD, asked, _known_names(), _REMEDY)
+
+
+def _as_measured(gpu: Gpu, automatic: bool) -> Gpu:
+    """The GPU as `memplan doctor` measured it on this machine, where it did.
+
+    What was assumed of its capacity and context is said no more.
+    """
+    reading = machine.find(gpu.name)
+    if reading is None:
+        return gpu
+    assumed = ("Capacity is ", "The CUDA context is ")
+    kept = (text for text in gpu.assumptions if not text.startswith(assumed))
+    return replace(
+        gpu,
+        capacity_bytes=gpu.capacity_bytes if automatic else reading.capacity_bytes,
+        context_bytes=reading.context_bytes,
+        assumptions=(reading.sentence(), *kept),
+    )
 
 
 def _is_card_number(text: str) -> bool:
@@ -550,7 +587,7 @@ _NVML_PROBLEMS = {
 
 
 @contextmanager
-def _nvml_session() -> Iterator[Any]:
+def nvml_session() -> Iterator[Any]:
     """The module pynvml, initialised; its errors leave as InputError."""
     try:
         nvml = importlib.import_module("pynvml")
@@ -574,8 +611,8 @@ def _nvml_session() -> Iterator[Any]:
 
 
 def _read_device() -> _Reading:
-    with _nvml_session() as nvml:
-        handle, order = _device(nvml)
+    with nvml_session() as nvml:
+        handle, order = visible_device(nvml)
         total_bytes, driver_bytes, used_bytes, memory = _memory(nvml, handle)
         return _Reading(
             name=nvml.nvmlDeviceGetName(handle),
@@ -587,7 +624,7 @@ def _read_device() -> _Reading:
         )
 
 
-def _device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
+def visible_device(nvml: Any) -> tuple[Any, tuple[str, ...]]:
     """The handle of the first device that CUDA may see, and a note where unsure."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     first = visible.split(",")[0].strip()

@@ -247,24 +247,47 @@ def parse_option(name: str, text: str) -> Any:
     return _kinds()[name].parse(name, text)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Printed:
+    """What a recipe's file says."""
+
+    recipe: dict[str, Any]
+    """The recipe's keys, not yet checked."""
+    model: str | None
+    """The model that the file names, if any."""
+    printed: Mapping[str, Any]
+    """The object that memplan printed, empty where the file is a bare recipe."""
+
+
 def read_recipe_text(text: str, field: str) -> tuple[dict[str, Any], str | None]:
     """The keys in a recipe file's text, JSON or YAML, and the model it names, if any.
 
     A plan, or any other object that memplan printed, is a recipe too: its `recipe` is
     taken, and its `model`.
     """
-    parsed = _parse_json_or_yaml(text, field)
+    found = read_printed_text(text, field)
+    return found.recipe, found.model
+
+
+def read_printed_text(text: str, field: str) -> Printed:
+    """What a recipe file's text says, with the printed object that it may be."""
+    parsed = parse_json_or_yaml(text, field)
     if not isinstance(parsed, Mapping):
         raise InputError(
             field, parsed, "is not a mapping of keys to values", "write `rank: 16`, say"
         )
     if not isinstance(parsed.get("recipe"), Mapping):
-        return dict(parsed), None
+        return Printed(recipe=dict(parsed), model=None, printed={})
     model = parsed.get("model")
-    return dict(parsed["recipe"]), model if isinstance(model, str) else None
+    return Printed(
+        recipe=dict(parsed["recipe"]),
+        model=model if isinstance(model, str) else None,
+        printed=parsed,
+    )
 
 
-def _parse_json_or_yaml(text: str, field: str) -> Any:
+def parse_json_or_yaml(text: str, field: str) -> Any:
+    """What a text of JSON or YAML holds; raises InputError for neither."""
     remedy = "write it as JSON or YAML"
     if not text.strip():
         raise InputError(field, text, "is empty", remedy)

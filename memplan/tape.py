@@ -66,7 +66,7 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """A hole's forward or backward, or the place where the input of holes is dropped."""
+    """A hole's forward or backward, or where the input of holes is dropped."""
 
     kind: str
     """`F`, `B`, or `drop`."""
@@ -92,13 +92,15 @@ class LayerRegime:
     input_casts: bool
     dropout: bool
     bias: bool
+    by_trl: bool = False
+    """Whether SFTTrainer casts the adapters, which leaves DoRA's magnitudes alone."""
     options: str = ""
     """The method's options for the layer, as JSON; empty where it has none."""
 
     @property
     def key(self) -> str:
         """The name under which the tape is kept."""
-        flags = ("input_casts", "dropout", "bias")
+        flags = ("input_casts", "dropout", "bias", "by_trl")
         on = [flag for flag in flags if getattr(self, flag)]
         names = ("method", "quantization", "dtype", "input_dtype", "autocast")
         types = ("compute_dtype", "adapter_dtype")
@@ -166,6 +168,10 @@ class LayerTape:
     """The forward of a checkpoint's first run, which keeps nothing for backward."""
     backward: Stretch
     """Its net includes the input's gradient, and lacks what forward kept."""
+    releasing: Stretch
+    """The backward where the input is held for it alone, and released on the way."""
+    cached: Polynomial
+    """What a checkpoint's first forward leaves to autocast's cache of weights."""
     holds_input: bool
     """Whether the input itself is kept for backward."""
     sticks: bool
@@ -255,6 +261,8 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
         forward=_stretch(data["forward"]),
         passing=_stretch(data["passing"]),
         backward=_stretch(data["backward"]),
+        releasing=_stretch(data["releasing"]),
+        cached=data["cached"],
         holds_input=data["holds_input"],
         sticks=data["sticks"],
         kept=tuple(data["kept"]),
@@ -263,12 +271,8 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
 
 def loss_tape(data: Mapping[str, Any]) -> LossTape:
     """The tape that `to_json` wrote."""
-    return LossTape(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in data.items()
-        }
-    )
+    numbers = {key: tuple(v) for key, v in data.items() if isinstance(v, list)}
+    return LossTape(**numbers, holds_input=data["holds_input"])
 
 
 def _block(data: Mapping[str, Any]) -> BlockTape:

@@ -90,7 +90,8 @@ def model_tape(architecture: Architecture, regime: Regime) -> ModelTape:
     """The tape of a model's body; raises MissingExtraError where it needs torch."""
 
     def trace() -> ModelTape:
-        return _taping(architecture).trace_model(architecture, regime)
+        made: ModelTape = _taping(architecture).trace_model(architecture, regime)
+        return made
 
     return file_of(architecture).find(regime.key, tape.model_tape, trace)
 
@@ -99,7 +100,8 @@ def loss_tape(architecture: Architecture, regime: LossRegime) -> LossTape:
     """The tape of a model's head and loss; likewise."""
 
     def trace() -> LossTape:
-        return _taping(architecture).trace_loss(architecture, regime)
+        made: LossTape = _taping(architecture).trace_loss(architecture, regime)
+        return made
 
     return file_of(architecture).find(regime.key, tape.loss_tape, trace)
 
@@ -108,7 +110,8 @@ def layer_tape(regime: LayerRegime) -> LayerTape:
     """The tape of a linear layer; likewise."""
 
     def trace() -> LayerTape:
-        return _taping(None).trace_layer(regime)
+        made: LayerTape = _taping(None).trace_layer(regime)
+        return made
 
     return layers_file().find(regime.key, tape.layer_tape, trace)
 

@@ -102,10 +102,11 @@ def t4_runs() -> tuple[MeasuredRun, ...]:
     """The 57 runs of LoRA and QLoRA on a Tesla T4."""
     rows = read_json(profiles_path() / "ground_truth" / "t4_runs.json")
     gpu = find_gpu("T4")
-    return tuple(_t4_run(number, row, gpu) for number, row in enumerate(rows))
+    return tuple(read_t4_run(number, row, gpu) for number, row in enumerate(rows))
 
 
-def _t4_run(number: int, row: Mapping[str, Any], gpu: Gpu) -> MeasuredRun:
+def read_t4_run(number: int, row: Mapping[str, Any], gpu: Gpu) -> MeasuredRun:
+    """The run that a row of t4_runs.json holds."""
     model = row["model_id"]
     measured = row["measured"]
     return MeasuredRun(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.simulator.events import MARK, EventLog
+from memplan.simulator.events import FREE, MARK, EventLog
 
 
 def events_of(log: EventLog, label: str) -> Iterator[tuple[int, int]]:
@@ -14,3 +14,14 @@ def events_of(log: EventLog, label: str) -> Iterator[tuple[int, int]]:
         if block == MARK:
             return
         yield block, num_bytes
+
+
+def live_bytes(log: EventLog) -> int:
+    """Bytes that are allocated after a log's last event."""
+    live: dict[int, int] = {}
+    for block, num_bytes in log.events:
+        if block >= 0 and num_bytes == FREE:
+            del live[block]
+        elif block >= 0:
+            live[block] = num_bytes
+    return sum(live.values())

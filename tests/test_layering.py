@@ -15,14 +15,19 @@ PACKAGE = Path(memplan.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("units", "registry", "store"),
-    ("fields", "hub", "allocator"),
+    ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("life", "profile", "plan", "simulation", "validation"),
+    ("runs", "grid"),
+    ("importers",),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
     ("checks", "inspector"),
     ("catalog", "training"),
     ("estimator", "simulator", "profiler", "lengths"),
-    ("batching", "comparison", "fits", "planner"),
+    ("batching", "comparison", "fits"),
+    ("accuracy",),
+    ("callback",),
+    ("planner",),
     ("exporters", "reporters"),
     ("commands",),
     ("cli",),
@@ -35,6 +40,7 @@ RANKS = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 HEAVY = {
     "accelerate",
     "bitsandbytes",
+    "hqq",
     "huggingface_hub",
     "matplotlib",
     "numpy",
@@ -49,10 +55,10 @@ HEAVY = {
 }
 """What takes long to import, or need not be installed."""
 
-LIGHT_ENOUGH = {"reporters": {"rich"}}
+LIGHT_ENOUGH = {"reporters": {"rich"}, "planner": {"numpy"}}
 """Which heavy packages a part imports all the same whenever it is imported."""
 
-BEHIND_THE_WALL = {"inspector", "training", "simulator", "profiler"}
+BEHIND_THE_WALL = {"inspector", "training", "simulator", "profiler", "callback"}
 """Parts that import torch when they are imported, so nothing imports them but late."""
 
 BUILDERS = {"methods", "quantizations", "optimizers", "losses", "models"}

@@ -19,7 +19,7 @@ from memplan.reporters.schema import KINDS, output_schema
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schemas"
 
 
-@pytest.mark.parametrize("which", ["recipe", "output"])
+@pytest.mark.parametrize("which", ["recipe", "output", "profile", "plan"])
 def test_published_schema_is_what_the_command_prints(which: str) -> None:
     ran = run("schema", which)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import click
 
@@ -16,7 +19,15 @@ from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.lengths import Lengths, read_lengths, tokens_of
 from memplan.life import MERGE_PLACES, LifeOptions
-from memplan.recipe import Recipe, field_names, parse_option, read_recipe_text
+from memplan.recipe import (
+    Printed,
+    Recipe,
+    field_names,
+    parse_option,
+    read_printed_text,
+    read_recipe_text,
+)
+from memplan.runs import FOLDER as RUNS_FOLDER
 from memplan.units import parse_size
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,6 +37,14 @@ LARGEST_RECIPE_BYTES = 2**20
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object and nothing else."
+)
+runs_folder_option = click.option(
+    "--runs",
+    "folder",
+    metavar="FOLDER",
+    default=str(RUNS_FOLDER),
+    show_default=True,
+    help="Where measured runs are kept.",
 )
 trust_option = click.option(
     "--trust-remote-code",
@@ -205,33 +224,50 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
 
     Takes the recipe's options out of the command's.
     """
-    keys, model = take_recipe_keys(options)
-    return Recipe.from_mapping(keys), model
+    recipe, model, _ = take_given_recipe(options)
+    return recipe, model
+
+
+def take_given_recipe(
+    options: dict[str, Any],
+) -> tuple[Recipe, str | None, frozenset[str]]:
+    """The recipe and the model likewise, and the keys that were given."""
+    settled, model = take_recipe_keys(options)
+    return Recipe.from_mapping(settled), model, frozenset(settled)
 
 
 def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The keys that the command's options give, and the model that their file names.
-
-    Takes the recipe's options out of the command's.
-    """
+    """The keys that the options give, and the model likewise."""
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
     return keys | take_keys(options), model
 
 
 def take_keys(options: dict[str, Any]) -> dict[str, Any]:
-    """The keys that are given as options of their own; takes all of these out."""
-    given = {name: options.pop(name) for name in field_names()}
+    """The keys that have options of their own; takes all of these out."""
+    given = take_given_keys(options)
+    for name in field_names():
+        del options[name]
+    return given
+
+
+def take_given_keys(options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's keys that are given as options of the command, parsed."""
     return {
-        name: parse_option(name, text)
-        for name, text in given.items()
-        if text is not None
+        name: parse_option(name, options[name])
+        for name in field_names()
+        if options[name] is not None
     }
 
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The keys in a recipe file and the model it names, if any; `-` is stdin."""
     return read_recipe_text(_read_text(file), "--recipe")
+
+
+def read_printed_file(file: str) -> Printed:
+    """What a plan, a recipe file or a printed object says; `-` is stdin."""
+    return read_printed_text(_read_text(file, "PLAN"), "PLAN")
 
 
 def model_argument(model: str | None, named: str | None) -> str:
@@ -246,7 +282,7 @@ def model_argument(model: str | None, named: str | None) -> str:
     return model if model is not None else str(named)
 
 
-def _read_text(file: str) -> str:
+def _read_text(file: str, field: str = "--recipe") -> str:
     remedy = "give a readable JSON or YAML file"
     try:
         if file == "-":
@@ -255,12 +291,12 @@ def _read_text(file: str) -> str:
             with Path(file).open("rb") as opened:
                 data = opened.read(LARGEST_RECIPE_BYTES + 1)
         if len(data) > LARGEST_RECIPE_BYTES:
-            raise InputError("--recipe", file, "is larger than 1 MiB", remedy)
+            raise InputError(field, file, "is larger than 1 MiB", remedy)
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         problem = f"cannot be read ({reason})"
-        raise InputError("--recipe", file, problem, remedy) from error
+        raise InputError(field, file, problem, remedy) from error
 
 
 def _decorated(function: Function, options: Any) -> Function:
@@ -283,3 +319,12 @@ def _help(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, str | int | float):
         return f"{text} [{default}]"
     return text
+
+
+def without_compiler() -> AbstractContextManager[Any]:
+    """Keeps torch's compiler from being loaded for kernels that nothing here calls.
+
+    bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
+    where it is told to (torch._dynamo.eval_frame, `_optimize`).
+    """
+    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})

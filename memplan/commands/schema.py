@@ -7,12 +7,18 @@ import json
 import click
 
 from memplan.recipe import recipe_schema
-from memplan.reporters.schema import output_schema
+from memplan.reporters.schema import output_schema, plan_schema, profile_schema
+
+SCHEMAS = {
+    "recipe": recipe_schema,
+    "output": output_schema,
+    "plan": plan_schema,
+    "profile": profile_schema,
+}
 
 
 @click.command()
-@click.argument("which", type=click.Choice(["recipe", "output"]))
+@click.argument("which", type=click.Choice([*SCHEMAS]))
 def command(which: str) -> None:
-    """Print the JSON schema of a recipe file or of the output."""
-    schema = recipe_schema() if which == "recipe" else output_schema()
-    click.echo(json.dumps(schema, indent=2))
+    """Print the JSON schema of a recipe, a plan, the output or a run."""
+    click.echo(json.dumps(SCHEMAS[which](), indent=2))

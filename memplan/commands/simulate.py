@@ -6,16 +6,13 @@ import dataclasses
 import gc
 import importlib
 import logging
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import click
 
-from memplan import results
+from memplan import accuracy, results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
@@ -30,6 +27,7 @@ from memplan.commands.options import (
     take_life,
     take_recipe,
     trust_option,
+    without_compiler,
 )
 from memplan.errors import MissingExtraError
 from memplan.gpu import Gpu
@@ -98,10 +96,16 @@ def command(  # noqa: PLR0913 - each is an option
                 simulation.footprint,
                 simulation.parameters,
             )
-            | {"host": dict(simulation.host)}
+            | {
+                "host": dict(simulation.host),
+                "residuals": json.residuals(accuracy.comparable_errors(recipe, gpu)),
+            }
         )
     else:
         footprint.report_simulation(architecture, recipe, gpu, simulation, top)
+        if gpu is not None:
+            errors = accuracy.comparable_errors(recipe, gpu)
+            footprint.report_residuals(recipe, gpu, errors)
     return 1 if simulation.footprint.fits is False else 0
 
 
@@ -156,15 +160,6 @@ def _run(task: _Task, *, quiet: bool) -> Simulation:
         )
     results.keep(name, simulation)
     return simulation
-
-
-def without_compiler() -> AbstractContextManager[Any]:
-    """Keeps torch's compiler from being loaded for kernels that nothing here calls.
-
-    bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
-    where it is told to (torch._dynamo.eval_frame, `_optimize`).
-    """
-    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})
 
 
 def import_simulator(recipe: Recipe) -> Any:

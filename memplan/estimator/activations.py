@@ -29,6 +29,8 @@ class LayerBytes:
     """Above what was live before its forward."""
     stuck: Any
     """Of what is kept, what backward does not release."""
+    cached: Any
+    """Of what is kept, what is released when the forward ends."""
 
 
 class Walk:
@@ -48,10 +50,14 @@ class Walk:
         self._recomputing = False
         self._held: dict[int, Any] = {}
         """By hole: the bytes of the input that is kept until its backward."""
+        self._holders: set[int] = set()
+        """Holes that hold their input alone."""
         self._done: set[int] = set()
         """Holes whose backward ran."""
         self.live = live
         self.peak = live
+        self.cached: Any = 0
+        """Copies of weights that live as long as the forward's autocast."""
         self.stuck: Any = 0
         """Bytes that stay live until the graph is dropped."""
 
@@ -66,6 +72,8 @@ class Walk:
                 hole = self._holes[item.holes[0]]
                 made = hole.tape.passing if passing else hole.tape.forward
                 self.stretch(made, hole.sizes)
+                if passing:
+                    self.cached = self.cached + value(hole.tape.cached, hole.sizes)
             else:
                 self._back(item.holes[0])
 
@@ -96,18 +104,26 @@ class Walk:
         if holders and not passing:
             last = min(holders)
             self._held[last] = self._held.get(last, 0) + size
+            self._holders.add(last)
             return
         self.live = self.live - size
 
     def _back(self, number: int) -> None:
+        """A hole's backward, which may release the input that it holds."""
         hole = self._holes[number]
-        self.stretch(hole.tape.backward, hole.sizes)
-        if self._accumulates:
-            self.peak = larger(self.peak, self.live + hole.gradient_bytes)
+        held = self._held.pop(number, 0)
+        if number in self._holders:
+            self.stretch(hole.tape.releasing, hole.sizes)
+            within = value(hole.tape.backward.net, hole.sizes) - value(
+                hole.tape.releasing.net, hole.sizes
+            )
+            self.live = self.live - (held - within)
         else:
-            self.live = self.live + hole.gradient_bytes
-            self.peak = larger(self.peak, self.live)
-        self.live = self.live - self._held.pop(number, 0)
+            self.stretch(hole.tape.backward, hole.sizes)
+        gradient = hole.gradient_bytes
+        self.peak = larger(self.peak, self.live + gradient)
+        if not self._accumulates:
+            self.live = self.live + gradient
         self._done.add(number)
 
 
@@ -124,7 +140,13 @@ def layer_bytes(
     walk.run(tape.forward, passing=checkpointed)
     kept, stuck = walk.live, walk.stuck
     forward_peak = walk.start_again(recomputing=checkpointed)
+    walk.live = walk.live - walk.cached
+    walk.peak = walk.live
     walk.run(tape.backward)
     return LayerBytes(
-        kept=kept, forward_peak=forward_peak, backward_peak=walk.peak, stuck=stuck
+        kept=kept,
+        forward_peak=forward_peak,
+        backward_peak=walk.peak,
+        stuck=stuck,
+        cached=walk.cached,
     )

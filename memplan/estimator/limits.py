@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memplan import estimator
 from memplan.architecture import Architecture
 from memplan.estimator import Estimate
+from memplan.estimator.moments import moments
 from memplan.estimator.schedule import Parts, parts_of, step_of
 from memplan.gpu import Gpu
 
@@ -84,8 +84,8 @@ class _Room:
     def margin_bytes(self, batch: int, length: int) -> int:
         """What is left at the life's peak; negative where it lacks."""
         parts = self._parts_at(length)
-        moments = estimator._moments(parts, step_of(parts, batch, length))
-        peak_bytes = max(moment.reserved_bytes for moment in moments)
+        life = moments(parts, step_of(parts, batch, length))
+        peak_bytes = max(moment.reserved_bytes for moment in life)
         return self._gpu.budget_bytes - peak_bytes
 
     def _parts_at(self, length: int) -> Parts:

@@ -174,5 +174,8 @@ def layer_regime(recipe: Recipe, role: Role, input_dtype: str) -> LayerRegime:
         adapter_dtype=same.get(recipe.adapter_dtype, recipe.adapter_dtype),
         input_casts=recipe.input_casts,
         dropout=recipe.dropout > 0,
+        by_trl=recipe.method == "dora"
+        and recipe.trainer == "trl"
+        and recipe.quantization != "none",
         options=json.dumps(dict(role.options)) if role.options else "",
     )

@@ -1,9 +1,9 @@
 """Which terms are alive at which moment.
 
 A step's forward piles up what the layers keep; head and loss stand on top of the pile;
-backward takes it down, while gradients grow. Under checkpointing the pile is the layers'
-inputs, and one layer at a time is computed anew on top of it: so the peak is the pile
-plus the larger of loss and one layer, not their sum.
+backward takes it down, while gradients grow. Under checkpointing the pile is the inputs
+of layers, and one layer at a time is computed anew on top of it: so the peak is the
+pile plus the larger of loss and one layer, not their sum.
 """
 
 from __future__ import annotations
@@ -186,6 +186,9 @@ class _Stepper:
         ]
         self._loss = loss_bytes(parts.loss, self._tokens)
         self._kept = sum(part.group.count * layer.kept for part, layer in self._layers)
+        self._cached = sum(
+            part.group.count * layer.cached for part, layer in self._layers
+        )
         self._stuck = sum(
             part.group.count * layer.stuck for part, layer in self._layers
         )
@@ -260,7 +263,7 @@ class _Stepper:
                 live = live + value(item.net, self._sizes)
             elif item.kind == "F":
                 note(live + loss.forward_peak, loss.logits)
-                live = live + loss.kept
+                live = live + loss.kept - self._cached
                 points = backward
             elif item.kind == "drop" and self._parts.loss.holds_input:
                 held = value(item.size, self._sizes)
@@ -269,7 +272,7 @@ class _Stepper:
             else:
                 note(live - loss.kept + loss.backward_peak, loss.logits)
                 live = live - loss.kept + loss.left + self._hidden_bytes() - held
-        return forward, backward, live - self._kept
+        return forward, backward, live + self._cached - self._kept
 
     def _hidden_bytes(self) -> Any:
         """The gradient of the last hidden states: (B, T, H)."""
@@ -286,7 +289,7 @@ class _Stepper:
         embedding = embedding_bytes(parts.architecture, parts.recipe) if full else 0
         for part, layer in self._layers:
             own = sum(linear.gradient_bytes for linear in part.linears)
-            pile = self._kept - layer.kept
+            pile = self._kept - self._cached - (layer.kept - layer.cached)
             top = parts.gradients if self._accumulates else self._head_gradients()
             bottom = parts.gradients - own - (0 if self._is_tied else embedding)
             if self._accumulates:

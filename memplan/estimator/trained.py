@@ -52,10 +52,10 @@ def trained(
 ) -> Trained:
     """The trained tensors; `stack` is where the step's layers stand."""
     if recipe.method == "full":
-        found = _all(architecture, layout, DTYPE_BYTES[recipe.dtype], stack)
-    else:
-        found = (*_adapters(layout, recipe, stack), *_modules(architecture, recipe))
-    return Trained(tensors=tuple(found))
+        item = DTYPE_BYTES[recipe.dtype]
+        return Trained(tensors=tuple(_all(architecture, layout, item, stack)))
+    adapters = _adapters(layout, recipe, stack)
+    return Trained(tensors=(*adapters, *_modules(architecture, recipe)))
 
 
 def shapes_of(role: Role, recipe: Recipe) -> tuple[Shape, ...]:

@@ -95,6 +95,8 @@ class Method(ABC):
     """The method's own options."""
     carries_quantized: ClassVar[bool]
     """Whether the frozen weights below it may be quantised."""
+    by_lora: ClassVar[bool] = False
+    """Whether PEFT installs it as LoRA or a variant of it."""
     defaults: ClassVar[Mapping[str, Any]] = NO_OPTIONS
     """What options are where they are not given."""
     patterned_option: ClassVar[str | None] = None
@@ -184,14 +186,10 @@ class Method(ABC):
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, folder)
         return loaded
 
-    def build_optimizer(
-        self, model: nn.Module, recipe: Recipe
-    ) -> torch.optim.Optimizer:
-        """The recipe's optimizer over what is trained of a model."""
-        from memplan import optimizers
-
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return optimizers.find(recipe.optimizer).build_for(model, trained)
+    def arrange(  # noqa: B027 - most methods leave them in one group
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe
+    ) -> None:
+        """Puts an optimizer's parameters into the groups that the method asks for."""
 
     def after_step(  # noqa: B027 - most methods do nothing
         self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int

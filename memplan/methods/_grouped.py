@@ -93,7 +93,7 @@ def pool(x: torch.Tensor, size: int, pooling: str) -> torch.Tensor:
     if pooling == "avg-pool":
         rows: torch.Tensor = F.avg_pool1d(x.reshape(-1, 1, x.shape[-1]), size)
         return rows.reshape(*x.shape[:-1], -1)
-    grouped = x.unflatten(-1, (-1, size))
+    grouped: torch.Tensor = x.unflatten(-1, (-1, size))
     return grouped.sum(-1) if pooling == "sum" else grouped.mean(-1)
 
 

@@ -29,6 +29,7 @@ class Pooled(Method):
 
     uses: ClassVar[frozenset[str]] = ADAPTER_KEYS | {"lambda_pattern"}
     carries_quantized: ClassVar[bool] = True
+    by_lora: ClassVar[bool] = True
 
     @abstractmethod
     def groups(self, options: Mapping[str, Any]) -> tuple[int, int, int | None]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import peft
+from peft.import_utils import is_hqq_available
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import nn
@@ -134,8 +135,19 @@ def _register(config: VariantConfig, variant_of: VariantOf) -> None:
             bnb.nn.Linear8bitLt: eight_bits,
             nn.Linear: plain,
             Conv1D: transposed,
+            **_hqq_layers(variant_of),
         }
     )
+
+
+def _hqq_layers(variant_of: VariantOf) -> dict[type, type]:
+    """HQQ's layer and what stands for it, where HQQ is installed."""
+    if not is_hqq_available():
+        return {}
+    from hqq.core.quantize import HQQLinear
+    from peft.tuners.lora.hqq import HqqLoraLinear
+
+    return {HQQLinear: _layer_class(HqqLoraLinear, variant_of)}
 
 
 def _layer_class(base: type, variant_of: VariantOf) -> type:
@@ -166,7 +178,8 @@ class Variant(lora_layer.LoraVariant):  # type: ignore[misc]
 
     def _delta_of(self, module: Any, adapter: str, weight: Any) -> Any:
         base = module.get_base_layer()
-        if not base.weight.is_floating_point():
+        stored = getattr(base, "weight", None)
+        if stored is None or not stored.is_floating_point():
             raise NotImplementedError(f"what the adapter adds {LOSSY}")
         delta = self.delta(module, adapter)
         return (delta.T if isinstance(base, Conv1D) else delta).to(weight.dtype)

@@ -30,6 +30,7 @@ class Houlsby(Method):
         "activation": Choice(("gelu", "relu", "swish"))
     }
     carries_quantized: ClassVar[bool] = True
+    by_lora: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"activation": "gelu"}
 
     def adapted(

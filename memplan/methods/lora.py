@@ -25,6 +25,7 @@ class LowRank(Method):
     uses: ClassVar[frozenset[str]] = ADAPTER_KEYS
     options: ClassVar[Mapping[str, Kind]] = {}
     carries_quantized: ClassVar[bool] = True
+    by_lora: ClassVar[bool] = True
 
     def parameter_shapes(
         self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS

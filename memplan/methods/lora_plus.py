@@ -35,13 +35,12 @@ class LoraPlus(LowRank):
     ) -> nn.Module:
         return apply_lora(model, recipe, targets)
 
-    def build_optimizer(
-        self, model: nn.Module, recipe: Recipe
-    ) -> torch.optim.Optimizer:
-        """The recipe's optimizer in the groups of PEFT's create_loraplus_optimizer."""
+    def arrange(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, recipe: Recipe
+    ) -> None:
+        """The groups of PEFT's create_loraplus_optimizer."""
         from peft.optimizers import create_loraplus_optimizer
 
-        optimizer = super().build_optimizer(model, recipe)
         (whole,) = optimizer.param_groups
         groups: Any = create_loraplus_optimizer(
             model,
@@ -52,7 +51,6 @@ class LoraPlus(LowRank):
         optimizer.param_groups = [
             {**whole, **group} for group in groups if group["params"]
         ]
-        return optimizer
 
 
 def _groups(groups: list[dict[str, Any]], **keys: Any) -> list[dict[str, Any]]:

@@ -23,6 +23,14 @@ class Quantization(ABC):
     """Bits of a stored weight without its state; None where weights stay as loaded."""
     loading_flag: ClassVar[str | None]
     """The attribute by which transformers and PEFT know such a model."""
+    kbit_casts: ClassVar[bool] = True
+    """Whether PEFT's preparation casts what is not quantised to float32."""
+    lora_only: ClassVar[bool] = False
+    """Whether of PEFT's tuners LoRA alone knows its layers."""
+    keeps_input: ClassVar[bool] = False
+    """Whether a frozen layer's product keeps its input for backward."""
+    merge_problem: ClassVar[str | None] = None
+    """Why adapters cannot be merged into it."""
 
     @abstractmethod
     def stored_bytes(self, num_weights: int, out_features: int) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class FourBits(Quantization):
             device="meta",
         )
         weight = self._weight(out_features, in_features, linear.weight.dtype)
-        module.weight, module.quant_state = weight, weight.quant_state
+        give(module, weight)
         if linear.bias is not None:
             module.bias = linear.bias
         return module
@@ -82,7 +82,7 @@ class FourBits(Quantization):
             compress_statistics=self.double,
             quant_type=self.quant_type,
         ).to(values.device)
-        module.weight, module.quant_state = weight, weight.quant_state
+        give(module, weight)
 
     def _weight(self, out_features: int, in_features: int, dtype: object) -> Any:
         """The packed weight with its state, as `Params4bit._quantize` leaves it."""
@@ -131,3 +131,9 @@ class FourBits(Quantization):
             offset=floats() if self.double else None,
             state2=nested,
         )
+
+
+def give(module: Any, weight: Any) -> None:
+    """Gives a layer its weight, which tells it when it is quantised anew."""
+    module.weight, module.quant_state = weight, weight.quant_state
+    weight.module = module

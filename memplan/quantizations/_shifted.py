@@ -32,9 +32,6 @@ NUMBERS_AT_ONCE = 2**22
 class ShiftedLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     """y = (NF4^-1(codes) + t) x + b, with a shift t for each block of the weight."""
 
-    merges = False
-    """PEFT dequantises weights for a merge by their codes alone, without the shifts."""
-
     def __init__(self, in_features: int, out_features: int, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, **kwargs)
         self.recomputes = True

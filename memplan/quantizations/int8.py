@@ -25,6 +25,7 @@ class Int8(Quantization):
     summary: ClassVar[str] = "bitsandbytes' int8 rows with a float32 absmax each"
     bits: ClassVar[int | None] = 8
     loading_flag: ClassVar[str | None] = "is_loaded_in_8bit"
+    keeps_input: ClassVar[bool] = True
 
     def stored_bytes(self, num_weights: int, out_features: int) -> tuple[int, ...]:
         return num_weights, 4 * out_features

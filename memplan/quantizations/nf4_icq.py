@@ -12,7 +12,12 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from memplan.quantizations import features_of
-from memplan.quantizations._four_bits import BLOCK_SIZE, NESTED_BLOCK_SIZE, FourBits
+from memplan.quantizations._four_bits import (
+    BLOCK_SIZE,
+    NESTED_BLOCK_SIZE,
+    FourBits,
+    give,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +32,9 @@ class Nf4Icq(FourBits):
     summary: ClassVar[str] = "NF4 of shifted blocks (IR-QLoRA's calibration)"
     quant_type: ClassVar[str] = "nf4"
     double: ClassVar[bool] = True
+    merge_problem: ClassVar[str | None] = (
+        "cannot be done: PEFT reads the base's codes without their shifts"
+    )
 
     def stored_bytes(self, num_weights: int, out_features: int) -> tuple[int, ...]:
         blocks = math.ceil(num_weights / BLOCK_SIZE)
@@ -49,7 +57,7 @@ class Nf4Icq(FourBits):
             device="meta",
         )
         weight = self._weight(out_features, in_features, linear.weight.dtype)
-        module.weight, module.quant_state = weight, weight.quant_state
+        give(module, weight)
         if linear.bias is not None:
             module.bias = linear.bias
         return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from memplan.accuracy import Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
@@ -37,6 +38,22 @@ def report_simulation(
     if top:
         _report_largest(simulation, top)
     report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
+
+
+def report_residuals(recipe: Recipe, gpu: Gpu, errors: Mapping[str, Range]) -> None:
+    """Prints how far predictions were from comparable measured runs."""
+    major, minor = gpu.compute_capability
+    kind = f"{recipe.method}, {recipe.quantization}, capability {major}.{minor}"
+    if not errors:
+        terminal.say(f"No comparable run was measured ({kind}).")
+        return
+    told = (
+        f"{reading} {one.least:+.2%} to {one.most:+.2%} ({one.count})"
+        for reading, one in errors.items()
+    )
+    terminal.say(
+        f"Predicted beside measured in comparable runs ({kind}): {', '.join(told)}."
+    )
 
 
 def report_notes(notes: Sequence[str]) -> None:

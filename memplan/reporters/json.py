@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,12 @@ from typing import Any
 import click
 
 from memplan import __version__
+from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
-from memplan.comparison import Side, differences
-from memplan.fits import DEFAULTS, Answer
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
-from memplan.lengths import Lengths
+from memplan.machine import Reading
+from memplan.profile import Profile
 from memplan.recipe import Recipe
 
 SCHEMA = 1
@@ -43,39 +44,9 @@ def report_list(kind: str, entries: list[dict[str, Any]]) -> None:
     _print({"kind": kind, kind: entries})
 
 
-def report_fits(
-    gpu: Gpu,
-    keys: Mapping[str, Any],
-    answers: Sequence[Answer],
-    notes: Sequence[str],
-    lengths: Lengths | None,
-) -> None:
-    """Prints what fits on a card; `keys` are those of the recipe that were given."""
-    _print(
-        {
-            "kind": "fits",
-            "gpu": gpu.to_json(),
-            "recipe": dict(DEFAULTS) | dict(keys),
-            "fits": [answer.to_json() for answer in answers],
-            "lengths": None if lengths is None else lengths.to_json(),
-            "notes": list(notes),
-        }
-    )
-
-
-def report_comparison(
-    sides: tuple[Side, ...], gpu: Gpu | None, notes: Sequence[str]
-) -> None:
-    """Prints fine-tunes side by side, and what each takes beyond the first."""
-    _print(
-        {
-            "kind": "comparison",
-            "gpu": None if gpu is None else gpu.to_json(),
-            "sides": [side.to_json() for side in sides],
-            "differences": [one.to_json() for one in differences(sides)],
-            "notes": list(notes),
-        }
-    )
+def report_object(kind: str, body: Mapping[str, Any]) -> None:
+    """Prints an object of a kind."""
+    _print({"kind": kind, **body})
 
 
 def footprint_object(  # noqa: PLR0913 - each is a key of the object
@@ -98,6 +69,43 @@ def footprint_object(  # noqa: PLR0913 - each is a key of the object
         "notes": [*(gpu.assumptions if gpu else ()), *footprint.notes],
         "versions": versions(),
     }
+
+
+def residuals(errors: Mapping[str, Range]) -> dict[str, Any]:
+    """The errors of comparable runs, as they are printed beside a prediction."""
+    return {reading: dataclasses.asdict(one) for reading, one in errors.items()}
+
+
+def print_comparison(
+    runs: list[dict[str, Any]],
+    groups: list[dict[str, Any]],
+    left_out: Mapping[str, str],
+) -> None:
+    """Prints measured runs beside their predictions, and the errors by group."""
+    body = {"runs": runs, "groups": groups, "left_out": dict(left_out)}
+    _print({"kind": "comparison", **body})
+
+
+def print_explanations(run: Profile, found: Sequence[Explained]) -> None:
+    """Prints where a run differs from its predictions, and what would explain it."""
+    ways = [
+        {
+            "way": one.comparison.way,
+            "comparison": one.comparison.to_json(),
+            "differences": [
+                {**dataclasses.asdict(each), "excess_bytes": each.excess_bytes}
+                for each in one.differences
+            ],
+            "explanations": [dataclasses.asdict(each) for each in one.explanations],
+        }
+        for one in found
+    ]
+    _print({"kind": "explanation", "run": run.id, "ways": ways})
+
+
+def print_machine(reading: Reading, file: str) -> None:
+    """Prints what was measured of this machine's card, and where it is kept."""
+    _print({"kind": "machine", "machine": dataclasses.asdict(reading), "file": file})
 
 
 def print_object(obj: Mapping[str, Any]) -> None:

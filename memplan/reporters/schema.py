@@ -1,29 +1,39 @@
-"""The printed object as JSON schema (draft 2020-12)."""
+"""The printed object, and the record of a run, as JSON schema (draft 2020-12)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from memplan import profile
 from memplan.footprint import CATEGORIES
+from memplan.plan import HASH_DIGITS
+from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
 
 KINDS = (
     "architecture",
     "comparison",
     "estimate",
+    "explanation",
+    "export",
     "fits",
     "gpus",
+    "machine",
     "measurement",
     "models",
     "plan",
+    "runs",
     "simulation",
+    "why-not",
 )
 
 _TEXT = {"type": "string"}
+_NUMBER = {"type": "number"}
+_TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
-_MAYBE_INTEGER = {"type": ["integer", "null"]}
 _MAYBE_TEXT = {"type": ["string", "null"]}
+_MAYBE_INTEGER = {"type": ["integer", "null"]}
 _ANY_OBJECT = {"type": "object"}
 
 _FOOTPRINT_KEYS = (
@@ -40,14 +50,39 @@ _FOOTPRINT_KEYS = (
 )
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
-    "comparison": ("gpu", "sides", "differences", "notes"),
     "estimate": (*_FOOTPRINT_KEYS, "margin_bytes", "limits", "terms"),
+    "explanation": ("run", "ways"),
+    "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
     "fits": ("gpu", "recipe", "fits", "lengths", "notes"),
     "gpus": ("gpus",),
+    "machine": ("machine", "file"),
+    "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
+    "runs": ("runs",),
+    "plan": (*_FOOTPRINT_KEYS, "plan"),
     "simulation": _FOOTPRINT_KEYS,
+    "why-not": (
+        "model",
+        "recipe",
+        "gpu",
+        "fits",
+        "missing_bytes",
+        "floor",
+        "fixes",
+        "of_little_help",
+        "longest_sequence",
+        "longest_sequence_with_a_gib_more",
+        "doubts",
+        "notes",
+    ),
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
+
+_COMPARISONS = (
+    ("gpu", "sides", "differences", "notes"),
+    ("runs", "groups", "left_out"),
+)
+"""The same of comparisons: of fine-tunes, and of predictions with measured runs."""
 
 
 def output_schema() -> dict[str, Any]:
@@ -93,8 +128,28 @@ def output_schema() -> dict[str, Any]:
             "parameters": _object(total=_COUNT, trainable=_MAYBE_INTEGER),
             "host": {"type": "object", "additionalProperties": _COUNT},
             "architecture": _architecture_schema(),
+            "plan": _decision_schema(),
+            **_why_not_schema(),
+            "trainer": _TEXT,
+            "files": _TEXTS,
+            "verified": _TEXTS,
+            "unverified": _TEXTS,
             "models": _list_of(name=_TEXT, model_type=_TEXT, total_parameters=_COUNT),
             "gpus": _list_of(name=_TEXT, capacity_bytes=_MAYBE_INTEGER),
+            "runs": _list_of(id=_TEXT, card=_TEXT, outcome=_TEXT),
+            "residuals": {
+                "type": "object",
+                "additionalProperties": _object(
+                    least=_NUMBER, most=_NUMBER, count=_COUNT
+                ),
+            },
+            "machine": _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES),
+            "groups": _list_of(reading=_TEXT, way=_TEXT, card=_TEXT, count=_COUNT),
+            "ways": _list_of(
+                way=_TEXT,
+                differences=_list_of(what=_TEXT, reading=_TEXT, excess_bytes=_BYTES),
+                explanations=_list_of(what=_TEXT, remaining_bytes=_BYTES),
+            ),
             "notes": {"type": "array", "items": _TEXT},
             "versions": {"type": "object", "additionalProperties": _TEXT},
         },
@@ -105,6 +160,12 @@ def output_schema() -> dict[str, Any]:
                 "then": {"required": list(keys)},
             }
             for kind, keys in _KEYS.items()
+        ]
+        + [
+            {
+                "if": {"properties": {"kind": {"const": "comparison"}}},
+                "then": {"anyOf": [{"required": list(keys)} for keys in _COMPARISONS]},
+            }
         ],
     }
 
@@ -160,6 +221,117 @@ def _differences_schema() -> dict[str, Any]:
         peak=bytes_by_name,
         breakdown=bytes_by_name,
         moments=bytes_by_name,
+    )
+
+
+def profile_schema() -> dict[str, Any]:
+    """The file of a measured run; a reading of 0 bytes was not taken."""
+    moment = _object(
+        label=_TEXT,
+        allocated_bytes=_COUNT,
+        reserved_bytes=_COUNT,
+        end_allocated_bytes=_COUNT,
+    )
+    footprint = _object(
+        moments={"type": "array", "items": moment, "minItems": 1},
+        context_bytes=_MAYBE_INTEGER,
+        paged_bytes=_COUNT,
+        failed_moment=_MAYBE_TEXT,
+        missing_bytes=_COUNT,
+    )
+    counts = {"type": "object", "additionalProperties": {"type": "integer"}}
+    numbers = {"type": "array", "items": {"type": "number"}}
+    properties = {
+        "schema": {"const": profile.SCHEMA},
+        "kind": {"const": profile.KIND},
+        "id": _TEXT,
+        "source": _TEXT,
+        "measured_at": _TEXT,
+        "device": {"enum": list(profile.DEVICES)},
+        "model": _TEXT,
+        "config": {"type": ["object", "null"]},
+        "recipe": {"type": "object"},
+        "gpu": {"type": ["object", "null"]},
+        "outcome": _object(status={"enum": list(profile.OUTCOMES)}, message=_TEXT),
+        "footprint": {"anyOf": [footprint, {"type": "null"}]},
+        "counters": {"type": "object", "additionalProperties": counts},
+        "segments": counts,
+        "driver": counts,
+        "parameters": counts,
+        "step_seconds": numbers,
+        "losses": numbers,
+        "environment": {"type": "object", "additionalProperties": _TEXT},
+        "seed": {"type": "integer"},
+        "weights": {"enum": ["random", "checkpoint"]},
+        "trace": _TEXT,
+        "notes": {"type": "array", "items": _TEXT},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "memplan measured run",
+        **_object(**properties),
+        "additionalProperties": False,
+    }
+
+
+def plan_schema() -> dict[str, Any]:
+    """A plan's file: what `memplan plan --json` prints."""
+    output = output_schema()
+    properties = output["properties"]
+    kept = {key: properties[key] for key in ("schema", *_KEYS["plan"], "versions")}
+    return {
+        "$schema": output["$schema"],
+        "title": "memplan plan",
+        "description": "A recipe that fits a card, and why it was chosen. It is read "
+        "wherever a recipe file is.",
+        "type": "object",
+        "properties": {
+            **kept,
+            "kind": {"const": "plan"},
+            "recipe": recipe_schema(),
+        },
+        "required": ["schema", "kind", *_KEYS["plan"], "versions"],
+    }
+
+
+def _why_not_schema() -> dict[str, Any]:
+    """What `memplan why-not` says besides a footprint's keys."""
+    change = _object(
+        changes={"type": "object"},
+        saved_bytes=_BYTES,
+        missing_bytes=_COUNT,
+        fits={"type": "boolean"},
+        speed={"type": "number"},
+    )
+    breakdown = {"type": "object", "additionalProperties": _BYTES}
+    return {
+        "missing_bytes": _COUNT,
+        "floor": _object(reserved_bytes=_COUNT, moment=_TEXT, breakdown=breakdown),
+        "fixes": {"type": "array", "items": change},
+        "of_little_help": {"type": "array", "items": change},
+        "longest_sequence": _MAYBE_INTEGER,
+        "longest_sequence_with_a_gib_more": _MAYBE_INTEGER,
+        "doubts": _TEXTS,
+    }
+
+
+def _decision_schema() -> dict[str, Any]:
+    """What a plan says besides its footprint."""
+    number = {"type": ["number", "null"]}
+    rejected = _object(changes={"type": "object"}, reason=_TEXT, missing_bytes=_BYTES)
+    return _object(
+        hash={"type": "string", "pattern": f"^[0-9a-f]{{{HASH_DIGITS}}}$"},
+        budget_bytes=_BYTES,
+        margin_bytes=_MAYBE_INTEGER,
+        verified_by={"enum": ["simulation", "estimate"]},
+        prefer=_TEXT,
+        prior=_TEXT,
+        tier={"enum": ["T0", "T1", "T2"]},
+        solution={"type": "object"},
+        regrets={"type": "object", "additionalProperties": number},
+        reasons={"type": "array", "items": _TEXT},
+        alternatives={"type": "array", "items": {"type": "object"}},
+        rejected={"type": "array", "items": rejected},
     )
 
 

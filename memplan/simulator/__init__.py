@@ -14,7 +14,7 @@ from unittest import mock
 
 from torch import nn
 
-from memplan import checks, optimizers
+from memplan import checks, optimizers, quantizations
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint, Moment
@@ -212,7 +212,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
             tracer,
         ):
             with phase("adapt"):
-                adapted = _adapt(model, architecture, recipe, tracer)
+                adapted = adapt(model, architecture, recipe, tracer)
             tracer.name_parameters(adapted)
             tracer.vocab_size = architecture.vocab_size
             tracer.name_modules(adapted)
@@ -311,11 +311,13 @@ def _replay_notes(found: Replay) -> Iterator[str]:
         )
 
 
-def _adapt(
+def adapt(
     model: nn.Module, architecture: Architecture, recipe: Recipe, tracer: Tracer
 ) -> nn.Module:
+    """The loaded model, prepared and with the recipe's method installed."""
     training_model.prepare(model, recipe)
-    if recipe.quantization != "none" and recipe.kbit_prepare:
+    casts = quantizations.find(recipe.quantization).kbit_casts
+    if recipe.quantization != "none" and recipe.kbit_prepare and casts:
         # The last line of prepare_model_for_kbit_training (peft >= 0.20).
         tracer.log.empty_cache()
     for parameter in model.parameters():

@@ -22,6 +22,9 @@ HEAD_STEP = 8
 
 FLOAT_BYTES = 4
 
+HEADS_FIRST = 4
+"""Sides of (B, H, T, D)."""
+
 
 class Inputs(NamedTuple):
     """The arguments of scaled_dot_product_attention, in their order."""
@@ -103,6 +106,41 @@ def _masked(inputs: Inputs, kernel: str) -> torch.Tensor:
         scale=inputs.scale,
     )[0]
     return out
+
+
+def attend_on_cpu(inputs: Inputs, asked: str, tracer: Tracer) -> torch.Tensor:
+    """Attention as PyTorch computes it on a CPU: by its flash kernel, or by math.
+
+    Source: aten/src/ATen/native/transformers/sdp_utils_cpp.cpp,
+    `select_sdp_backend_cpp` and `use_flash_attention_cpp`.
+    """
+    if asked == "math" or not _has_cpu_kernel(inputs):
+        tracer.sums_in_place = True
+        try:
+            return _math(inputs)
+        finally:
+            tracer.sums_in_place = False
+    mask = inputs.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = _additive(mask, inputs.query.dtype)
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *inputs[:3],
+        inputs.dropout_p,
+        inputs.is_causal,
+        attn_mask=mask,
+        scale=inputs.scale,
+    )[0]
+    return out
+
+
+def _has_cpu_kernel(inputs: Inputs) -> bool:
+    tensors = inputs[:3]
+    return (
+        inputs.dropout_p == 0.0
+        and all(tensor.dim() == HEADS_FIRST for tensor in tensors)
+        and len({tensor.shape[-1] for tensor in tensors}) == 1
+        and all(tensor.stride(-1) == 1 for tensor in tensors)
+    )
 
 
 def _math(inputs: Inputs) -> torch.Tensor:

@@ -19,6 +19,7 @@ from memplan.architecture import Architecture
 from memplan.life import CARD, Evaluation, Generation, Life
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
+from memplan.simulator.load import STATE
 from memplan.simulator.trace import PEFT_PREFIX, Tracer
 from memplan.training import life as training_life
 from memplan.training.model import trained_parameters
@@ -80,9 +81,19 @@ class LifeTracer:
             return
         with self._merging():
             loop.reach_milestone()
+        self._label_frozen()
         loop.run_step(
             num_steps + 1, min(self._recipe.accumulation, MILESTONE_MICRO_BATCHES)
         )
+
+    def _label_frozen(self) -> None:
+        """Says of weights that a merge has made anew what they are."""
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                continue
+            self._tracer.label(parameter, "weights")
+            for tensor in _tensors_of(getattr(parameter, "quant_state", None)):
+                self._tracer.label(tensor, STATE)
 
     def after_steps(self, life: Life) -> None:
         """Evaluates, generates, saves and merges, while the loop is still held."""
@@ -270,6 +281,14 @@ def _append(layer: Any) -> None:
         for held in (layer.keys, layer.values)
     )
     layer.update(key, value)
+
+
+def _tensors_of(state: Any) -> Iterator[Tensor]:
+    """The tensors of a quantised weight's state, and of the state nested in it."""
+    if state is not None:
+        parts = (state.absmax, state.code, state.offset)
+        yield from (part for part in parts if part is not None)
+        yield from _tensors_of(state.state2)
 
 
 def _paths_of_parameters(model: nn.Module) -> dict[int, str]:

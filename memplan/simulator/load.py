@@ -22,6 +22,9 @@ from memplan.simulator.trace import Tracer
 STATE = "quantization_state"
 """The category of what dequantising needs besides the codes."""
 
+STATE_BUFFERS = ("tau_", "group_")
+"""Begin the names of buffers of quantised layers: shifts, scales and zero points."""
+
 HALF_BYTES = 2
 CODE_SCRATCH_BYTES = 4
 """Two scalars that normalise a 4-bit code (`get_4bit_type`)."""
@@ -65,8 +68,8 @@ class Loader:
             self._path = name.rpartition(".")[0]
             self._take_parameter(parameter, model.get_submodule(self._path))
         for name, buffer in model.named_buffers():
-            self._path = name.rpartition(".")[0]
-            self._take(buffer)
+            self._path, _, end = name.rpartition(".")
+            self._take(buffer, STATE if end.startswith(STATE_BUFFERS) else "weights")
 
     def _warm_up(self, model: nn.Module) -> None:
         """One block for all the weights, so that they are cut from one segment."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -157,7 +156,7 @@ class _Replayer:
         moments = self._result.moments
         for index, same in enumerate(moments):
             if same.label == moment.label:
-                moments[index] = _worse(same, moment)
+                moments[index] = same.merged(moment)
                 return
         moments.append(moment)
 
@@ -178,12 +177,3 @@ def _peak_positions(log: EventLog) -> dict[int, int]:
             best, best_position = -1, -1
     peaks[best_position] = best
     return peaks
-
-
-def _worse(one: Moment, other: Moment) -> Moment:
-    worse = max(one, other, key=lambda moment: moment.allocated_bytes)
-    return dataclasses.replace(
-        worse,
-        reserved_bytes=max(one.reserved_bytes, other.reserved_bytes),
-        end_allocated_bytes=other.end_allocated_bytes,
-    )

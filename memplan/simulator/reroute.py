@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -73,6 +73,22 @@ FLOAT32_BY_DTYPE = {
 }
 """Functions that autocast asks for a float32 result (AT_FORALL_FP32_SET_OPT_DTYPE)."""
 
+CPU_FLOAT32 = {
+    F: (
+        "binary_cross_entropy_with_logits",
+        "cross_entropy",
+        "kl_div",
+        "l1_loss",
+        "mse_loss",
+        "nll_loss",
+        "smooth_l1_loss",
+    ),
+    torch: ("prod",),
+    torch.Tensor: ("prod",),
+}
+"""Functions that autocast runs in float32 on a CPU, where softmax and norms stay in the
+precision they are given (autocast_mode.cpp, TORCH_LIBRARY_IMPL(aten, AutocastCPU))."""
+
 
 class Reroute:
     """Makes functions of meta tensors do what they do with CUDA tensors.
@@ -81,7 +97,9 @@ class Reroute:
     forward, which runs inside of the backward, meets them too.
     """
 
-    def __init__(self, tracer: Tracer, recipe: Recipe) -> None:
+    def __init__(self, tracer: Tracer, recipe: Recipe, cpu: bool = False) -> None:
+        """`cpu` says that functions do what they do with tensors on a CPU."""
+        self._cpu = cpu
         self._tracer = tracer
         self._attention = recipe.attention
         self._autocasts = recipe.autocast != "none"
@@ -95,7 +113,8 @@ class Reroute:
         What that switches is read here, and by the layers of PEFT and bitsandbytes.
         """
         with ExitStack() as stack:
-            for target, replacement in _WITHOUT_CUDA.items():
+            asked = _AS_ON_CPU if self._cpu else _WITHOUT_CUDA
+            for target, replacement in asked.items():
                 stack.enter_context(mock.patch(target, replacement))
             for module in _askers(_MAYBE_AUTOCAST):
                 stack.enter_context(
@@ -104,10 +123,7 @@ class Reroute:
             stack.enter_context(
                 mock.patch(
                     "transformers.integrations.moe._can_use_grouped_mm",
-                    lambda *args: (
-                        self._tracer.gpu.compute_capability
-                        >= _GROUPED_PRODUCT_CAPABILITY
-                    ),
+                    lambda *args: self._has_grouped_product(),
                 )
             )
             stack.enter_context(
@@ -122,15 +138,30 @@ class Reroute:
             stack.enter_context(
                 mock.patch.object(torch.Tensor, "tolist", _listed(torch.Tensor.tolist))
             )
-            if self._chunks:
+            if self._cpu:
+                stack.enter_context(_asking_for_autocast(unnamed=False))
+            elif self._chunks:
                 stack.enter_context(_triton_like())
             for (owner, name), function in self._replacements().items():
                 stack.enter_context(mock.patch.object(owner, name, function))
             yield
 
+    def _has_grouped_product(self) -> bool:
+        """CPUs have had it since torch 2.9."""
+        capability = self._tracer.gpu.compute_capability
+        return self._cpu or capability >= _GROUPED_PRODUCT_CAPABILITY
+
     def _replacements(self) -> dict[tuple[Any, str], Callable[..., Any]]:
+        attend = self._scaled_dot_product_attention
+        if self._cpu:
+            on_cpu: dict[tuple[Any, str], Callable[..., Any]] = {
+                (F, "scaled_dot_product_attention"): attend
+            }
+            if self._autocasts:
+                self._add_autocast(on_cpu, CPU_FLOAT32, {})
+            return on_cpu
         replaced: dict[tuple[Any, str], Callable[..., Any]] = {
-            (F, "scaled_dot_product_attention"): self._scaled_dot_product_attention,
+            (F, "scaled_dot_product_attention"): attend,
             (F, "dropout"): _dropout,
             (torch, "dropout"): _dropout,
             (F, "softmax"): _softmax,
@@ -141,16 +172,19 @@ class Reroute:
                 original = getattr(owner, name)
                 replaced[owner, name] = _fused_in_half(original, half)
         if self._autocasts:
-            self._add_autocast(replaced)
+            self._add_autocast(replaced, FLOAT32, FLOAT32_BY_DTYPE)
         return replaced
 
     def _add_autocast(
-        self, replaced: dict[tuple[Any, str], Callable[..., Any]]
+        self,
+        replaced: dict[tuple[Any, str], Callable[..., Any]],
+        float32: Mapping[Any, tuple[str, ...]],
+        float32_by_dtype: Mapping[Any, tuple[str, ...]],
     ) -> None:
         for listed, cast in (
             (LOWER_PRECISION, self._to_autocast),
-            (FLOAT32, self._to_float32),
-            (FLOAT32_BY_DTYPE, _with_float32_result),
+            (float32, self._to_float32),
+            (float32_by_dtype, _with_float32_result),
         ):
             for owner, names in listed.items():
                 for name in names:
@@ -198,8 +232,10 @@ class Reroute:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attention by the kernel that the card would take."""
+        """Attention by the kernel that the card, or the CPU, would take."""
         inputs = attention.Inputs(query, key, value, attn_mask, *args, **kwargs)
+        if self._cpu:
+            return attention.attend_on_cpu(inputs, self._attention, self._tracer)
         return attention.attend(inputs, self._attention, self._tracer)
 
 
@@ -278,15 +314,43 @@ def _copy_of_4bit_weight(weight: Any, memo: Any) -> Any:
     )
 
 
-_WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
+def _matmul_8bit_on_cpu(  # noqa: PLR0913 - as the original takes them
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    state: Any = None,
+    threshold: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> Any:
+    """The product that dequantises the weight (bitsandbytes, `autograd.matmul`)."""
+    from bitsandbytes.autograd import _functions
+
+    state.threshold = threshold or state.threshold
+    product = _functions.MatMul8bitFp if state.is_training else _functions.MatMul8bitLt
+    return product.apply(inputs, weight, out, bias, state)
+
+
+_WITHOUT_DEVICE: dict[str, Callable[..., Any]] = {
     "bitsandbytes.nn.Params4bit.__deepcopy__": _copy_of_4bit_weight,
-    "transformers.modeling_utils.save_on_cpu": _KeptOnHost,
     "torch.autocast": _autocast,
     "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
+    "torch.utils.checkpoint._infer_device_type": lambda *args: "cuda",
+}
+"""What stands in whatever the tensors are taken to be on: autocast is switched for a
+card all the same, since meta tensors have none."""
+
+_AS_ON_CPU: dict[str, Callable[..., Any]] = {
+    **_WITHOUT_DEVICE,
+    "bitsandbytes.matmul": _matmul_8bit_on_cpu,
+}
+"""What bitsandbytes asks the tensors' device about."""
+
+_WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
+    **_WITHOUT_DEVICE,
+    "transformers.modeling_utils.save_on_cpu": _KeptOnHost,
     "torch.nn.utils.clip_grad._device_has_foreach_support": lambda device: True,
     "torch.nn.utils.clip_grad._has_foreach_support": lambda tensors, device: True,
-    "torch.utils.checkpoint._infer_device_type": lambda *args: "cuda",
 }
 """What PyTorch asks before it casts for a CUDA card, and before a checkpoint keeps the
 state of autocast; answered as where there is a card."""
@@ -303,7 +367,6 @@ def _triton_like() -> Iterator[None]:
     from trl.kernels import chunked_logprob
 
     kernel = _NoKernel()
-    is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
     with ExitStack() as stack:
         for name, replacement in {
             "_use_triton": lambda device: True,
@@ -321,11 +384,24 @@ def _triton_like() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True)
         )
-        stack.enter_context(
-            mock.patch.object(
-                torch, "is_autocast_enabled", lambda device="cuda": is_enabled("cuda")
-            )
-        )
+        stack.enter_context(_asking_for_autocast(unnamed=True))
+        yield
+
+
+@contextmanager
+def _asking_for_autocast(*, unnamed: bool) -> Iterator[None]:
+    """Lets code ask whether autocast is on for meta tensors.
+
+    Whoever names no device asks about CUDA, as PEFT's quantised layers do: `unnamed`
+    says whether that is the device that is meant.
+    """
+    is_enabled, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def asked(device: str | None = None) -> bool:
+        return (unnamed or device is not None) and is_enabled("cuda")
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", asked))
         stack.enter_context(
             mock.patch.object(
                 torch, "get_autocast_dtype", lambda device: dtype_of("cuda")

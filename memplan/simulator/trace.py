@@ -49,8 +49,12 @@ class _Storage:
 class Tracer(TorchDispatchMode):
     """Logs the allocations that the operators run under it would make on a card."""
 
-    def __init__(self, gpu: Gpu, log: EventLog, *, padded: bool) -> None:
+    def __init__(
+        self, gpu: Gpu, log: EventLog, *, padded: bool, scratch: bool = True
+    ) -> None:
+        """`scratch` says whether what kernels take for themselves is logged."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.scratch = scratch
         self.gpu = gpu
         self.log = log
         self.kernels = MetaKernels()

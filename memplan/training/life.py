@@ -219,8 +219,12 @@ def save(model: nn.Module, folder: str) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """The model below the adapters, with these merged into its weights.
 
-    Raises InputError for adapters that PEFT cannot merge.
+    Raises InputError for adapters that PEFT cannot merge, and for weights that it does
+    not read whole.
     """
+    problems = {getattr(module, "merge_problem", None) for module in model.modules()}
+    for problem in problems - {None}:
+        raise InputError("--merge", CARD, str(problem), "leave it out")
     try:
         merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, ValueError) as error:

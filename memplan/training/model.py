@@ -62,6 +62,45 @@ def build(
     return model.train()
 
 
+def load(
+    architecture: Architecture, recipe: Recipe, checkpoint: str, device: torch.device
+) -> nn.Module:
+    """The model of a checkpoint on a device, as `from_pretrained` loads it there.
+
+    Raises InputError where the checkpoint cannot be loaded.
+    """
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=getattr(torch, recipe.dtype),
+            device_map={"": device},
+            quantization_config=_quantization_config(recipe),
+            **_attention(architecture, recipe),
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(
+            "--weights",
+            checkpoint,
+            f"cannot be loaded ({first_line})",
+            "give a folder or hub id with weights, or leave the option out",
+        ) from error
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
+def declare_quantized(model: Any, recipe: Recipe) -> None:
+    """Says of a model that `build` gave what `from_pretrained` says of a loaded one.
+
+    Trainer asks a quantised model's quantiser whether it may be trained.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = _quantization_config(recipe)
+    if config is not None:
+        model.hf_quantizer = AutoHfQuantizer.from_config(config)
+
+
 def quantize(model: nn.Module, recipe: Recipe) -> None:
     """Puts the quantised module in the place of every linear layer but the head.
 
@@ -73,6 +112,7 @@ def quantize(model: nn.Module, recipe: Recipe) -> None:
     for path, linear in list(_quantizable(model, recipe)):
         quantized = scheme.quantized(linear, recipe)
         quantized.source_cls = type(linear)  # type: ignore[assignment]
+        quantized.merge_problem = scheme.merge_problem  # type: ignore[assignment]
         model.set_submodule(path, quantized)
     setattr(model, scheme.loading_flag, True)
     model.is_quantized = True  # type: ignore[assignment]
@@ -174,6 +214,28 @@ def _checkpoint(model: Any, recipe: Recipe, kwargs: dict[str, Any]) -> None:
     model.gradient_checkpointing_enable(kwargs)
 
 
+def _quantization_config(recipe: Recipe) -> Any:
+    """What tells from_pretrained to quantise as the recipe does; None where not.
+
+    `lm_head` stands for whatever transformers itself leaves unquantised.
+    """
+    scheme = quantizations.find(recipe.quantization)
+    skipped = [name for name in recipe.unquantized_modules if name != "lm_head"]
+    named = {"llm_int8_skip_modules": [*skipped, "lm_head"]} if skipped else {}
+    if scheme.loading_flag == "is_loaded_in_8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, **named)
+    if scheme.loading_flag == "is_loaded_in_4bit":
+        kind, _, double = recipe.quantization.partition("-")
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=bool(double),
+            bnb_4bit_compute_dtype=getattr(torch, recipe.compute_dtype),
+            **named,
+        )
+    return None
+
+
 def _attention(architecture: Architecture, recipe: Recipe) -> dict[str, Any]:
     """The argument that asks for an attention; none where the model's own is taken.
 
@@ -261,10 +323,9 @@ def _wrappable(
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Linear | Conv1D)
-        and "router" not in type(module).__name__.lower()
-    )
+    # What quantisation puts in a linear layer's place need not be one to PyTorch.
+    linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "source_cls")
+    return linear and "router" not in type(module).__name__.lower()
 
 
 def _quantizable(model: Any, recipe: Recipe) -> Iterator[tuple[str, nn.Module]]:

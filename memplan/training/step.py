@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan import methods
+from memplan import methods, optimizers
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
@@ -45,7 +45,10 @@ class Loop:
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the trained parameters, without state until a step ran."""
-        return self._method.build_optimizer(self._model, self._recipe)
+        scheme = optimizers.find(self._recipe.optimizer)
+        optimizer = scheme.build_for(self._model, self._parameters)
+        self._method.arrange(optimizer, self._model, self._recipe)
+        return optimizer
 
     def run_step(self, number: int, micro_batches: int) -> None:
         """One optimizer step over so many micro-batches."""

@@ -41,7 +41,9 @@ def _quantize_random(module: Any, recipe: Recipe, device: torch.device) -> None:
     scheme = quantizations.find(recipe.quantization)
     scheme.fill(module, values.normal_(std=DEVIATION))
     # Neither the layer's own initialisation nor its parent's is to touch it.
-    module._is_hf_initialized = module.weight._is_hf_initialized = True
+    module._is_hf_initialized = True
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True
 
 
 def _give_storage(
@@ -69,5 +71,7 @@ def _zeros(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and not weight.is_floating_point()
+    return any(
+        not parameter.is_floating_point()
+        for parameter in module.parameters(recurse=False)
+    )

@@ -92,7 +92,8 @@ def part(name: str) -> dict[str, Any]:
 
 def imports() -> dict[str, Any]:
     """Everything the command imports, as it imports it, and nothing else."""
-    from memplan.commands.simulate import import_simulator, without_compiler
+    from memplan.commands.options import without_compiler
+    from memplan.commands.simulate import import_simulator
     from memplan.recipe import Recipe
 
     with without_compiler():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from memplan.cublas import workspace_bytes
 from memplan.gpu import find_gpu
 from memplan.simulator.events import FREE, EventLog
-from memplan.cublas import workspace_bytes
 from memplan.simulator.trace import Tracer
 
 T4 = find_gpu("T4")

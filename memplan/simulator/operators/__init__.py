@@ -94,6 +94,7 @@ class Call:
 
     def temporary(self, num_bytes: int) -> int:
         """Allocates a block of the kernel's own."""
+        num_bytes = num_bytes if self.tracer.scratch else 0
         block = self.tracer.allocate(num_bytes, self.func, "workspace")
         self._temporaries.append(block)
         return block
@@ -105,7 +106,7 @@ class Call:
 
     def workspace(self, num_bytes: int, library: str = "cublas") -> None:
         """Allocates this thread's workspace, kept for life, if it is missing."""
-        if self.tracer.needs_workspace(library):
+        if self.tracer.scratch and self.tracer.needs_workspace(library):
             self.tracer.allocate(num_bytes, self.func, "workspace")
 
     def finish(self) -> Any:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
+from memplan.cublas import workspace_bytes
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.gemm import is_readable
-from memplan.cublas import workspace_bytes
 
 POINTER_BYTES = 8
 

@@ -10,10 +10,12 @@ from itertools import chain
 
 HOST = (
     "aten::_local_scalar_dense",
+    "aten::std.correction",
     "profiler::_record_function_enter_new",
     "profiler::_record_function_exit._RecordFunction",
 )
-"""Nothing on the card: a copy to the host (cuda/CUDAScalar.cu), a profiler's marks."""
+"""Nothing on the card: a copy to the host (cuda/CUDAScalar.cu), RandLoRA's bases, which
+PEFT scales on the host (tuners.randlora.model), a profiler's marks."""
 
 VIEWS = (
     "aten::_conj",
@@ -32,6 +34,7 @@ VIEWS = (
     "aten::squeeze.dim",
     "aten::t",
     "aten::transpose.int",
+    "aten::unbind.int",
     "aten::unsqueeze",
     "aten::view",
     "aten::view_as_complex",
@@ -55,6 +58,7 @@ IN_PLACE = (
     "aten::scatter_.src",
     "aten::scatter_.value",
     "aten::uniform_",
+    "aten::zero_",
 )
 """Nothing: one pass over their input (cuda/Loops.cuh; cuda/Copy.cu, whose copies within
 a card cast as they go; cuda/ScatterGatherKernel.cu; cuda/DistributionUniform.cu)."""
@@ -76,9 +80,11 @@ LISTS = ("aten::_foreach_sqrt",)
 """One output a tensor, all before the first kernel (cuda/ForeachUnaryOp.cu)."""
 
 ELEMENTWISE = (
+    "aten::__rshift__.Scalar",
     "aten::_to_copy",
     "aten::abs",
     "aten::add.Tensor",
+    "aten::bitwise_and.Scalar",
     "aten::bitwise_and.Tensor",
     "aten::bitwise_not",
     "aten::bitwise_or.Tensor",
@@ -140,6 +146,7 @@ FILLED = (
     "aten::empty.memory_format",
     "aten::empty_like",
     "aten::eye",
+    "aten::eye.m_out",
     "aten::full",
     "aten::full_like",
     "aten::linspace",
@@ -152,6 +159,7 @@ FILLED = (
     "aten::ones_like",
     "aten::randn",
     "aten::scalar_tensor",
+    "aten::triu_indices",
     "aten::zeros",
     "aten::zeros_like",
 )
@@ -189,6 +197,10 @@ the first of a row's scores are found and sorted in place up to 4096 of them
 (cuda/TensorTopK.cpp), and experts are fewer; the k-th is selected digit by digit in
 shared memory (cuda/Sorting.cu)."""
 
+POOLED = ("aten::avg_pool2d", "aten::avg_pool2d_backward")
+"""The output: inputs and gradients that are dense are read in place
+(cuda/AveragePool2d.cu)."""
+
 ATTENTION = ("aten::_scaled_dot_product_cudnn_attention",)
 """The outputs, two of which are the seeds (transformers/cuda/attention.cu); the forward
 graph of cuDNN needs no workspace of the front end (cudnn-frontend,
@@ -211,6 +223,7 @@ PLAIN = frozenset(
         FILLED,
         REARRANGED,
         LOOKED_UP,
+        POOLED,
         ATTENTION,
         QUANTIZED,
     )

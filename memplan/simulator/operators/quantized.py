@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from memplan.cublas import workspace_bytes
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.gemm import is_readable
-from memplan.cublas import workspace_bytes
 from memplan.simulator.operators.hardware import multiprocessors
 
 LARGEST_FUSED_TOKENS = 1536

@@ -86,7 +86,7 @@ class _Hole(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         hole, _ = ctx.hole, ctx.saved_tensors
         hole.tracer.mark("B", hole.number, grad)
         grad_x = None

@@ -72,6 +72,7 @@ def trace_layer(regime: LayerRegime) -> LayerTape:
 def _recipe(regime: LayerRegime) -> Recipe:
     method = "full" if regime.method == "frozen" else regime.method
     return Recipe(
+        trainer="trl" if regime.by_trl else "plain",
         method=method,
         quantization=regime.quantization,
         dtype=regime.dtype,
@@ -101,7 +102,7 @@ def build_layer(regime: LayerRegime) -> nn.Module:
     model = Single(linear)
     if scheme.loading_flag is not None:
         setattr(model, scheme.loading_flag, True)
-        model.is_quantized = True
+        model.is_quantized = True  # type: ignore[assignment]
     model.requires_grad_(False)
     if regime.method == "frozen":
         return model.train()
@@ -115,20 +116,24 @@ def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
     log = EventLog()
     tracer = TapeTracer(find_gpu(CARD), log, padded=False)
     device = torch.device("meta")
-    with no_warnings(), no_initialization():
-        with Reroute(tracer, recipe).installed(), tracer:
-            model = build_layer(regime)
-            for tensor in (*model.parameters(), *model.buffers()):
-                tracer.ignore(tensor)
-            log.begin("1.forward")
-            dtype = getattr(torch, regime.input_dtype)
-            single = next(m for m in model.modules() if isinstance(m, Single))
-            with autocast(recipe, device):
-                if keeps:
-                    _step(single, tracer, dtype)
-                else:
-                    _pass(single, tracer, dtype)
-            tracer.stop()
+    with (
+        no_warnings(),
+        no_initialization(),
+        Reroute(tracer, recipe).installed(),
+        tracer,
+    ):
+        model = build_layer(regime)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracer.ignore(tensor)
+        log.begin("1.forward")
+        dtype = getattr(torch, regime.input_dtype)
+        single = next(m for m in model.modules() if isinstance(m, Single))
+        with autocast(recipe, device):
+            if keeps:
+                _step(single, tracer, dtype)
+            else:
+                _pass(single, tracer, dtype)
+        tracer.stop()
     return log, tracer
 
 
@@ -173,7 +178,7 @@ class _Source(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         ctx.tracer.mark("b", 0, grad)
         return torch.empty((), device="meta"), None, None
 
@@ -187,7 +192,7 @@ class _Sink(torch.autograd.Function):
         return y.new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_y = torch.empty(ctx.shape, dtype=ctx.dtype, device="meta")
         ctx.tracer.mark("B", 0, grad_y)
         return grad_y, None
@@ -218,9 +223,14 @@ class _Reader:
             if size >= 0 and block in released and block >= 0
         ]
         holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
+        passing = self._read_passing()
+        _, output = self._at["f"]
+        size = DIMENSIONS.monomial(self._log.sizes[output])
         return LayerTape(
             forward=self._stretch(self._log, begin, end, ()),
-            passing=self._read_passing(),
+            passing=passing,
+            releasing=self._stretch(self._log, back, behind, (grad_y,)),
+            cached=add(passing.net, size, -1),
             sticks=self._sticks(),
             backward=self._stretch(self._log, back, behind, (x, grad_y)),
             holds_input=holds,

@@ -1,4 +1,4 @@
-"""The tape of head and loss: the model's own forward over hidden states from nowhere."""
+"""The tape of head and loss: the model's own forward over given hidden states."""
 
 from __future__ import annotations
 
@@ -82,27 +82,31 @@ def _run(
     for part in {id(p): p for p in (model.base_model, model.get_decoder())}.values():
         # Most heads call the base model, OPT's calls the decoder within it.
         part.forward = types.MethodType(body, part)
-    with no_warnings(), no_initialization():
-        with Reroute(tracer, recipe).installed(), tracer:
-            for tensor in (*model.parameters(), *model.buffers()):
-                tracer.ignore(tensor)
-            batch = {
-                name: torch.empty(shape[:2], dtype=torch.int64, device=device)
-                for name in ("input_ids", "labels")
-            }
-            log.begin("1.forward")
-            with autocast(recipe, device):
-                outputs = run_forward(model, batch, recipe)
-            outputs, loss = read_loss(outputs, recipe)
-            if not regime.keeps_output:
-                outputs = None
-            tracer.mark("f", -1, None)
-            log.begin("1.backward")
-            loss.backward()
-            del loss, batch
-            tracer.mark("end", -1, None)
-            del outputs
-            tracer.stop()
+    with (
+        no_warnings(),
+        no_initialization(),
+        Reroute(tracer, recipe).installed(),
+        tracer,
+    ):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tracer.ignore(tensor)
+        batch = {
+            name: torch.empty(shape[:2], dtype=torch.int64, device=device)
+            for name in ("input_ids", "labels")
+        }
+        log.begin("1.forward")
+        with autocast(recipe, device):
+            outputs = run_forward(model, batch, recipe)
+        outputs, loss = read_loss(outputs, recipe)
+        if not regime.keeps_output:
+            outputs = None
+        tracer.mark("f", -1, None)
+        log.begin("1.backward")
+        loss.backward()
+        del loss, batch
+        tracer.mark("end", -1, None)
+        del outputs
+        tracer.stop()
     for parameter in model.parameters():
         parameter.grad = None
     return log, tracer
@@ -138,7 +142,7 @@ class _Hidden(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         ctx.tracer.mark("b", -1, grad)
         return torch.empty((), device="meta"), None, None, None
 

@@ -439,7 +439,8 @@ class _Writer:
         self._tape: list[Stretch | Mark] = []
         self._inputs = self._inputs_of_holes()
         self._inside = False
-        self._reset()
+        self._net: Polynomial = {}
+        self._candidates: list[Polynomial] = []
 
     def write(self) -> list[Stretch | Mark]:
         for event in self._events:
@@ -486,8 +487,5 @@ class _Writer:
         if self._net or self._candidates or force:
             peaks = tuple(largest(self._candidates))
             self._tape.append(Stretch(net=self._net, peaks=peaks))
-        self._reset()
-
-    def _reset(self) -> None:
-        self._net: Polynomial = {}
-        self._candidates: list[Polynomial] = []
+        self._net = {}
+        self._candidates = []

@@ -1,0 +1,179 @@
+"""`memplan plan`: the recipe, and a rank for every module, that fit a card."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from memplan.architecture import Architecture
+from memplan.catalog import architecture_of
+from memplan.commands.options import (
+    RecipeCommand,
+    gpu_options,
+    json_option,
+    model_argument,
+    recipe_options,
+    take_given_recipe,
+    take_gpu,
+    trust_option,
+)
+from memplan.commands.simulate import import_simulator, without_compiler
+from memplan.errors import InputError, MissingExtraError
+from memplan.footprint import Footprint
+from memplan.gpu import Gpu
+from memplan.model_source import read_config
+from memplan.planner import choices, decide
+from memplan.planner.choices import Estimate, Floors
+from memplan.planner.modules import GRANULARITIES
+from memplan.planner.ranks import DEFAULT_PRIOR, ROBUST
+from memplan.planner.value import priors
+from memplan.recipe import Recipe
+from memplan.reporters import json, terminal
+from memplan.reporters import plan as reporter
+from memplan.units import parse_size
+
+
+@click.command(cls=RecipeCommand)
+@click.argument("model", required=False)
+@recipe_options
+@gpu_options
+@click.option(
+    "--prefer",
+    type=click.Choice(choices.PREFERENCES),
+    default=choices.PREFERENCES[0],
+    show_default=True,
+    help="What is aimed at first, once it fits.",
+)
+@click.option("--min-seq", type=click.IntRange(min=1), help="Tokens at least [512].")
+@click.option(
+    "--effective-batch",
+    type=click.IntRange(min=1),
+    default=choices.EFFECTIVE_BATCH,
+    show_default=True,
+    help="Sequences of an optimizer step.",
+)
+@click.option("--min-rank", type=click.IntRange(min=1), default=choices.RANKS[0])
+@click.option(
+    "--ranks",
+    type=click.Choice(GRANULARITIES),
+    default="by-type",
+    show_default=True,
+    help="What shares a rank.",
+)
+@click.option(
+    "--prior",
+    type=click.Choice([ROBUST, *priors.names()]),
+    default=DEFAULT_PRIOR,
+    show_default=True,
+    help="What a rank is worth.",
+)
+@click.option("--margin", help="What of the budget stays free [2 %].")
+@click.option(
+    "--alternatives",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Show N other recipes that nothing beats.",
+)
+@trust_option
+@json_option
+def command(  # noqa: PLR0913 - each is an option
+    model: str | None,
+    prefer: str,
+    min_seq: int | None,
+    effective_batch: int,
+    min_rank: int,
+    ranks: str,
+    prior: str,
+    margin: str | None,
+    alternatives: int,
+    trust_remote_code: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Choose the recipe, and a rank for every module, that fit a card.
+
+    MODEL is a catalog name, a hub id, a folder or a config.json. Options and keys of a
+    recipe that are given stay as they are; the others are chosen. What is chosen has
+    been simulated on the card.
+    """
+    base, named, given = take_given_recipe(options)
+    gpu = required_gpu(options)
+    source = read_config(
+        model_argument(model, named), trust_remote_code=trust_remote_code
+    )
+    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    floors = Floors(
+        sequence_length=min_seq or base.sequence_length,
+        effective_batch=effective_batch,
+        rank=min_rank,
+        margin_bytes=_margin(margin, gpu),
+    )
+    asked = decide.Asked(
+        base=base,
+        given=given,
+        floors=floors,
+        prefer=prefer,
+        granularity=ranks,
+        prior=prior,
+        alternatives=alternatives,
+    )
+    title = f"Planning {architecture.name}"
+    with terminal.progress(title, quiet=as_json), without_compiler():
+        made = decide.plan(
+            architecture,
+            gpu,
+            asked,
+            estimate_on(architecture, gpu),
+            simulation_on(architecture, gpu, base, floors.margin_bytes),
+        )
+    made = dataclasses.replace(made, versions=json.versions())
+    if as_json:
+        json.print_object(made.to_json())
+    else:
+        reporter.report(made)
+    return 0
+
+
+def required_gpu(options: dict[str, Any]) -> Gpu:
+    """The card; raises InputError where none is given."""
+    gpu = take_gpu(options)
+    if gpu is None:
+        raise InputError(
+            "--gpu", "", "is missing", "give a card, a size such as 12GB, or auto"
+        )
+    return gpu
+
+
+def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
+    """The closed form's footprint of a recipe on the card."""
+    from memplan.estimator import estimate
+
+    return lambda recipe: estimate(architecture, recipe, gpu)
+
+
+def simulation_on(
+    architecture: Architecture, gpu: Gpu, base: Recipe, margin_bytes: int
+) -> Estimate | None:
+    """The simulated footprint within the budget less the margin; None without torch."""
+    try:
+        simulator = import_simulator(base)
+    except MissingExtraError:
+        return None
+    kept_back = gpu.reserve_bytes + margin_bytes
+    tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
+
+    def of(recipe: Recipe) -> Footprint:
+        found: Footprint = simulator.simulate(architecture, recipe, tighter)
+        capacity_bytes = gpu.budget_bytes + gpu.context_bytes
+        return dataclasses.replace(found, capacity_bytes=capacity_bytes)
+
+    return of
+
+
+def _margin(text: str | None, gpu: Gpu) -> int:
+    if text is not None:
+        return parse_size(text, "--margin")
+    return int(choices.MARGIN_SHARE * gpu.budget_bytes)

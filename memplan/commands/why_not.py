@@ -1,0 +1,60 @@
+"""`memplan why-not`: why a recipe does not fit, and what would change that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from memplan.catalog import architecture_of
+from memplan.commands.options import (
+    RecipeCommand,
+    gpu_options,
+    json_option,
+    model_argument,
+    recipe_options,
+    take_recipe,
+    trust_option,
+)
+from memplan.commands.plan import estimate_on, required_gpu
+from memplan.commands.simulate import without_compiler
+from memplan.model_source import read_config
+from memplan.planner.why_not import Question
+from memplan.reporters import json, terminal
+from memplan.reporters import why_not as reporter
+
+
+@click.command(cls=RecipeCommand)
+@click.argument("model", required=False)
+@recipe_options
+@gpu_options
+@trust_option
+@json_option
+def command(
+    model: str | None, trust_remote_code: bool, as_json: bool, **options: Any
+) -> int:
+    """Say why a recipe does not fit a card, and what would change that.
+
+    MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
+    recipe does not fit.
+    """
+    recipe, named = take_recipe(options)
+    gpu = required_gpu(options)
+    source = read_config(
+        model_argument(model, named), trust_remote_code=trust_remote_code
+    )
+    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    question = Question(
+        architecture=architecture,
+        recipe=recipe,
+        gpu=gpu,
+        estimate=estimate_on(architecture, gpu),
+    )
+    title = f"Looking at {architecture.name}"
+    with terminal.progress(title, quiet=as_json), without_compiler():
+        answer = reporter.answer_of(question)
+    if as_json:
+        json.report_object("why-not", answer)
+    else:
+        reporter.report(question, answer)
+    return 1 if question.missing_bytes > 0 else 0

@@ -1,0 +1,90 @@
+"""A grid: many runs to be measured, written in one file of JSON or YAML.
+
+`{"model": ..., "recipe": {...}, "runs": [{"model": ..., "recipe": {...}, "vary":
+{"rank": [1, 4]}, "inference": false}]}`: what stands above holds for every run that
+does not say otherwise; `vary` stands for a run of each combination of its values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memplan.errors import InputError, UnknownNameError
+from memplan.recipe import Recipe, parse_json_or_yaml
+
+FIELD = "--grid"
+
+_KEYS = ("model", "recipe", "vary", "inference")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridRun:
+    """One of a grid's runs."""
+
+    model: str
+    recipe: Recipe
+    inference: bool = False
+    """Whether the model only runs forward, without adapters."""
+
+
+def read_grid(file: str, given: Mapping[str, Any] | None = None) -> tuple[GridRun, ...]:
+    """The runs of a grid, in their order; keys that are `given` win.
+
+    Raises InputError, which names the run, for what is no run.
+    """
+    parsed = parse_json_or_yaml(_text(file), FIELD)
+    if not isinstance(parsed, Mapping) or not isinstance(parsed.get("runs"), list):
+        raise InputError(FIELD, file, "has no list of runs", "write `runs: [...]`")
+    _check_keys(parsed, ("model", "recipe", "inference", "runs", "description"), file)
+    found: list[GridRun] = []
+    for number, run in enumerate(parsed["runs"]):
+        where = f"{file}, run {number}"
+        if not isinstance(run, Mapping):
+            raise InputError(FIELD, where, "is not a mapping", "write `recipe: {...}`")
+        _check_keys(run, _KEYS, where)
+        found.extend(_expand(parsed, run, given or {}, where))
+    return tuple(found)
+
+
+def _expand(
+    above: Mapping[str, Any],
+    run: Mapping[str, Any],
+    given: Mapping[str, Any],
+    where: str,
+) -> Iterator[GridRun]:
+    model = run.get("model", above.get("model"))
+    if not isinstance(model, str):
+        raise InputError(FIELD, where, "names no model", "write `model: NAME`")
+    varied: Mapping[str, list[Any]] = run.get("vary", {})
+    for values in itertools.product(*varied.values()):
+        keys = {
+            **above.get("recipe", {}),
+            **run.get("recipe", {}),
+            **dict(zip(varied, values, strict=True)),
+            **given,
+        }
+        yield GridRun(
+            model=model,
+            recipe=Recipe.from_mapping(keys),
+            inference=bool(run.get("inference", above.get("inference", False))),
+        )
+
+
+def _check_keys(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in found:
+        if key not in known:
+            raise UnknownNameError(f"{FIELD} {where}", key, known)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(
+            FIELD, file, f"cannot be read ({reason})", "give a readable grid file"
+        ) from error

@@ -1,0 +1,1 @@
+"""What to run within a budget: knobs, what a rank is worth, and the ranks that fit."""

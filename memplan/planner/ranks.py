@@ -1,0 +1,236 @@
+"""The ranks within a recipe: bytes by asking the estimate, worth by the priors.
+
+What a choice takes is the difference that it makes to the estimate, in every moment, so
+there is no second account of bytes that could drift from the first. Differences need
+not add up to the byte, so the estimate has the last word: where the chosen ranks exceed
+the budget, the budget of the knapsack shrinks by as much, and it is solved again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from memplan.architecture import Linear
+from memplan.footprint import Footprint
+from memplan.planner.choices import Estimate
+from memplan.planner.modules import Group, with_ranks
+from memplan.planner.solver import Problem, Solution, solve_lagrangian
+from memplan.planner.solver.problem import Floats, Integers
+from memplan.planner.value import priors
+from memplan.planner.value.robust import solve_robust
+from memplan.recipe import Recipe
+
+ROBUST = "robust"
+"""All priors at once."""
+
+DEFAULT_PRIOR = "per-parameter"
+"""Equal ranks, as far as bytes allow: what reports/benchmark_ranks.md leads to. There
+the robust ranks were worse than equal ones at equal bytes, as were most; mlp-first was
+better by a sixth of what halving every rank costs, on one model of 0.3 M parameters."""
+
+MOST_TIGHTENINGS = 6
+"""Times that the budget is tightened before the smallest ranks are taken."""
+
+KNEE_TOLERANCE = 0.02
+"""The share of the adapters' worth that the knee may lose beside what fits."""
+
+HALVINGS = 7
+"""Halvings of the budget in the search for the knee: to a hundredth of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranked:
+    """A recipe with its ranks, and what is proven of them."""
+
+    recipe: Recipe
+    footprint: Footprint
+    ranks: Mapping[str, int]
+    """By the paths of the modules."""
+    solution: Solution
+    regrets: Mapping[str, float]
+    """By prior: the share that is forgone of what the budget can gain."""
+
+    @property
+    def slack(self) -> bool:
+        """Whether memory binds no rank: it is not the bottleneck."""
+        return not any(self.solution.prices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSearch:
+    """The ranks of a recipe whose other knobs are settled."""
+
+    recipe: Recipe
+    groups: tuple[Group, ...]
+    estimate: Estimate
+    budget_bytes: int
+    """What the allocator may reserve, margin taken off."""
+    ranks: tuple[int, ...]
+    """The menu, the smallest first."""
+    prior: str = DEFAULT_PRIOR
+
+    def run(self) -> Ranked | None:
+        """The ranks that fit at the least loss, at the knee where memory is slack.
+
+        None where not even the smallest ranks fit.
+        """
+        posed = self.pose()
+        found = self._within(posed)
+        if found is None or not found.slack:
+            return found
+        return self._at_the_knee(posed, found)
+
+    def pose(self) -> Problem:
+        """The knapsack; its costs are still zero.
+
+        Free in a moment is the budget less what the allocator reserves there at the
+        smallest ranks; a choice takes what it adds to the allocated bytes.
+        """
+        smallest = self.estimate(self._with({}))
+        labels = [moment.label for moment in smallest.moments]
+        base = _allocated(smallest, labels)
+        shape = (len(labels), len(self.groups), len(self.ranks))
+        num_bytes = np.zeros(shape, dtype=np.int64)
+        for row, one in enumerate(self.groups):
+            for column, rank in enumerate(self.ranks[1:], start=1):
+                probed = self.estimate(self._with({one.name: rank}))
+                added = _allocated(probed, labels) - base
+                num_bytes[:, row, column] = np.maximum(added, 0)
+        reserved = [moment.reserved_bytes for moment in smallest.moments]
+        return Problem(
+            costs=np.zeros(shape[1:]),
+            num_bytes=num_bytes,
+            free_bytes=self.budget_bytes - np.array(reserved, dtype=np.int64),
+        )
+
+    def _within(self, posed: Problem) -> Ranked | None:
+        """The ranks whose estimate is within the budget."""
+        for _ in range(MOST_TIGHTENINGS):
+            solution, regrets = self._solved(posed)
+            if solution.choices is None:
+                return None
+            found = self._ranked(solution, regrets)
+            excess = _excess(found.footprint, self.budget_bytes)
+            if excess <= 0:
+                return found
+            posed = posed.with_free_bytes(posed.free_bytes - excess)
+        return None
+
+    def _at_the_knee(self, posed: Problem, found: Ranked) -> Ranked:
+        """Fewer bytes for nearly the same: the smallest share within the tolerance."""
+        linears = self._linears()
+        most_lost = lost_share(linears, found.ranks) + KNEE_TOLERANCE
+        used = np.array(found.solution.used_bytes, dtype=np.float64)
+        low, high, best = 0.0, 1.0, (found.solution, found.regrets)
+        for _ in range(HALVINGS):
+            share = (low + high) / 2
+            tried = self._solved(posed.with_free_bytes((used * share).astype(np.int64)))
+            choices = tried[0].choices
+            fits = choices is not None
+            if fits and lost_share(linears, self._spread(choices or ())) <= most_lost:
+                high, best = share, tried
+            else:
+                low = share
+        kept = dataclasses.replace(best[0], prices=found.solution.prices)
+        return self._ranked(kept, best[1])
+
+    def _solved(self, problem: Problem) -> tuple[Solution, Mapping[str, float]]:
+        """The solution, and what each prior regrets of it."""
+        named = priors.names() if self.prior == ROBUST else (self.prior,)
+        by_prior = {name: losses(self.groups, self.ranks, name) for name in named}
+        if len(by_prior) > 1:
+            robust = solve_robust(problem.with_costs(by_prior[named[0]]), by_prior)
+            return robust.solution, robust.regrets
+        return solve_lagrangian(problem.with_costs(by_prior[named[0]])), {}
+
+    def _ranked(self, solution: Solution, regrets: Mapping[str, float]) -> Ranked:
+        ranks = self._spread(solution.choices or ())
+        recipe = with_ranks(self.recipe, ranks)
+        return Ranked(
+            recipe=recipe,
+            footprint=self.estimate(recipe),
+            ranks=ranks,
+            solution=solution,
+            regrets=regrets,
+        )
+
+    def _spread(self, choices: Sequence[int]) -> dict[str, int]:
+        return {
+            path: self.ranks[choice]
+            for one, choice in zip(self.groups, choices, strict=True)
+            for path in one.paths
+        }
+
+    def _with(self, changed: Mapping[str, int]) -> Recipe:
+        """The recipe with the smallest rank everywhere but where it is changed."""
+        ranks = {
+            path: changed.get(one.name, self.ranks[0])
+            for one in self.groups
+            for path in one.paths
+        }
+        return with_ranks(self.recipe, ranks)
+
+    def _linears(self) -> dict[str, Linear]:
+        return {
+            path: linear
+            for one in self.groups
+            for path, linear in zip(one.paths, one.linears, strict=True)
+        }
+
+
+def menu(groups: Sequence[Group], ranks: Iterable[int], floor: int) -> tuple[int, ...]:
+    """The ranks to choose from: no lower than the floor, none above every layer."""
+    linears = [linear for one in groups for linear in one.linears]
+    widest = max(min(one.in_features, one.out_features) for one in linears)
+    found = {rank for rank in ranks if floor <= rank <= widest}
+    return tuple(sorted(found | {floor}))
+
+
+def losses(groups: Sequence[Group], ranks: Sequence[int], prior: str) -> Floats:
+    """(groups, ranks): what each rank loses by a prior.
+
+    Infinite for a rank above a layer's smaller side, the smallest rank excepted.
+    """
+    held = priors.find(prior)
+    table = [
+        [sum(held.loss(x, r) for x in one.linears) for r in ranks] for one in groups
+    ]
+    costs = np.array(table)
+    for row, one in enumerate(groups):
+        narrowest = min(min(x.in_features, x.out_features) for x in one.linears)
+        costs[row, 1:][np.array(ranks[1:]) > narrowest] = np.inf
+    return costs
+
+
+def lost_share(linears: Mapping[str, Linear], ranks: Mapping[str, int]) -> float:
+    """The share of the adapters' worth that is lost, by whichever prior says most.
+
+    It is 1 without adapters and nears 0 for large ranks, whatever the recipe, so that
+    recipes can be compared by it.
+    """
+    return max(_lost_share(linears, ranks, name) for name in priors.names())
+
+
+def _lost_share(
+    linears: Mapping[str, Linear], ranks: Mapping[str, int], prior: str
+) -> float:
+    held = priors.find(prior)
+    whole = sum(held.weight(one) for one in linears.values())
+    lost = sum(held.loss(one, ranks[path]) for path, one in linears.items())
+    return lost / whole
+
+
+def _allocated(footprint: Footprint, labels: Sequence[str]) -> Integers:
+    by_label = {moment.label: moment.allocated_bytes for moment in footprint.moments}
+    return np.array([by_label[label] for label in labels], dtype=np.int64)
+
+
+def _excess(footprint: Footprint, budget_bytes: int) -> int:
+    """Bytes that the footprint reserves beyond a budget, or would need to."""
+    if footprint.failed_moment is not None:
+        return max(footprint.missing_bytes, 1)
+    return footprint.life_peak.reserved_bytes - budget_bytes

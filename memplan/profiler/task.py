@@ -1,0 +1,79 @@
+"""What a measuring process is told, and what it tells: both as lines of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memplan.recipe import Recipe
+
+WARM_UP_STEPS = 1
+"""Steps before the measured ones: they make the optimizer's state."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A run to be measured."""
+
+    model: str
+    """What finds the weights and the tokenizer, where these are asked for."""
+    config: Mapping[str, Any]
+    recipe: Recipe
+    device: str
+    """`cuda` or `cpu`."""
+    steps: int = 3
+    """Steps of the optimizer, the warm-up step among them."""
+    seed: int = 0
+    weights: str = "random"
+    """`random`, or `checkpoint` to load them by from_pretrained."""
+    data: str = ""
+    """A file of texts to train on; random tokens where there is none."""
+    inference: bool = False
+    """Whether the model only runs forward, without adapters and steps."""
+    trace: str = ""
+    """The file for the allocator's event history, where it is asked for."""
+    seconds: float | None = None
+    """After so many, no further step is begun once there are measured ones."""
+    folder: str = ""
+    """A folder of the run's own, for what trainers write."""
+
+    def to_line(self) -> str:
+        """The task as one line."""
+        keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {"config": dict(self.config), "recipe": self.recipe.to_json()}
+        return json.dumps(keys | plain) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Task:
+        """The task that `to_line` wrote."""
+        keys = json.loads(line)
+        return cls(**keys | {"recipe": Recipe.from_mapping(keys["recipe"])})
+
+
+class Journal:
+    """The file into which a measuring process writes what it has finished.
+
+    Each event is one line, written at once, so that whoever kills the process finds
+    all that came before.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._opened = file.open("a", encoding="utf-8")
+
+    def write(self, event: str, **values: Any) -> None:
+        """Adds an event."""
+        self._opened.write(json.dumps({"event": event, **values}) + "\n")
+        self._opened.flush()
+
+
+def read_events(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The whole events of a journal; a line that was cut short is none."""
+    if not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

@@ -1,0 +1,95 @@
+"""The bytes of a fine-tune's tensors on a CPU, as the profiler's CPU meter counts them.
+
+What is simulated is the same fine-tune as for a card, by the functions and kernels that
+PyTorch takes on a CPU: its own attention, its own autocast, no lists of tensors in one
+kernel where the recipe does not ask for them. What a kernel takes for itself while it
+runs is left out, as are rounding and cache: a CPU has no caching allocator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from memplan import checks
+from memplan.architecture import Architecture
+from memplan.footprint import Footprint, Moment
+from memplan.gpu import find_gpu
+from memplan.recipe import Recipe
+from memplan.simulator import (
+    STEPS,
+    UNNAMED_CARD,
+    adapt,
+    no_initialization,
+    no_warnings,
+)
+from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.load import Loader
+from memplan.simulator.reroute import Reroute
+from memplan.simulator.trace import Tracer
+from memplan.training import model as training_model
+from memplan.training.step import Loop
+
+
+def simulate_on_cpu(architecture: Architecture, recipe: Recipe) -> Footprint:
+    """Bytes of tensors through the load, the adaptation and two steps on a CPU.
+
+    What is reserved is what is allocated. Raises InputError for a recipe that cannot
+    run.
+    """
+    notes = checks.check(architecture, recipe, None)
+    log = _trace(architecture, dataclasses.replace(recipe, offload=False))
+    return Footprint(moments=tuple(_moments(log)), notes=notes)
+
+
+def _trace(architecture: Architecture, recipe: Recipe) -> EventLog:
+    log = EventLog()
+    tracer = Tracer(find_gpu(UNNAMED_CARD), log, padded=recipe.padded, scratch=False)
+
+    @contextlib.contextmanager
+    def phase(label: str) -> Iterator[None]:
+        log.begin(label)
+        yield
+
+    with no_warnings(), no_initialization():
+        with phase("load"):
+            model = training_model.build(architecture, recipe)
+            Loader(tracer, recipe).load(model)
+        with Reroute(tracer, recipe, cpu=True).installed(), tracer:
+            with phase("adapt"):
+                adapted = adapt(model, architecture, recipe, tracer)
+            loop = Loop(adapted, recipe, architecture.vocab_size, phase)
+            for number in range(1, STEPS + 1):
+                loop.run_step(number, recipe.accumulation)
+            tracer.stop()
+    return log
+
+
+def _moments(log: EventLog) -> Iterator[Moment]:
+    """The log's moments, those of one label as one."""
+    found: dict[str, Moment] = {}
+    live = peak = 0
+    label = ""
+
+    def end() -> None:
+        moment = Moment(
+            label=label,
+            allocated_bytes=peak,
+            reserved_bytes=peak,
+            end_allocated_bytes=live,
+        )
+        found[label] = found[label].merged(moment) if label in found else moment
+
+    for block, num_bytes in log.events:
+        if block == MARK:
+            if label:
+                end()
+            label, peak = log.labels[num_bytes], live
+        elif num_bytes == FREE:
+            live -= log.sizes[block]
+        elif block >= 0:
+            live += num_bytes
+            peak = max(peak, live)
+    end()
+    yield from found.values()

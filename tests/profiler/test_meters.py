@@ -1,0 +1,270 @@
+"""What the meters read: of tensors on a CPU, and of CUDA's allocator by a fake."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from memplan.errors import InputError
+from memplan.profiler import cuda_meter
+from memplan.profiler.cpu_meter import CpuMeter
+from memplan.profiler.cuda_meter import (
+    CudaMeter,
+    context_bytes,
+    count_segments,
+    own_bytes,
+    paged_state_bytes,
+    read_driver,
+    write_trace,
+)
+from memplan.units import MIB
+
+KILO_FLOATS = 4000
+
+
+def test_tensors_count_from_birth_to_death_and_views_once() -> None:
+    with CpuMeter() as meter:
+        kept = torch.ones(1000)
+        view = kept.view(10, 100)
+        meter.reset()
+        dropped = view + 1
+        del dropped
+        reading = meter.read()
+
+    assert reading.allocated_bytes == 2 * KILO_FLOATS
+    assert reading.end_allocated_bytes == KILO_FLOATS
+    assert reading.counters["resident_bytes"] > MIB
+
+
+def test_tensors_made_elsewhere_count_when_they_are_used() -> None:
+    made = torch.ones(1000)
+    with CpuMeter() as meter:
+        meter.reset()
+        result = made + 1
+        reading = meter.read()
+
+    assert reading.end_allocated_bytes == 2 * KILO_FLOATS
+    del result
+
+
+def test_what_autograd_saves_is_seen_until_backward_lets_it_go() -> None:
+    weight = torch.ones(1000, requires_grad=True)
+    with CpuMeter() as meter:
+        loss = weight.exp().sum()
+        meter.reset()
+        before = meter.read().end_allocated_bytes
+        loss.backward()
+        del loss
+        after = meter.read().end_allocated_bytes
+
+    # The weight, exp's result and the loss; then the weight and its gradient.
+    assert (before, after) == (2 * KILO_FLOATS + 4, 2 * KILO_FLOATS)
+
+
+def test_nothing_of_the_meta_device_counts() -> None:
+    with CpuMeter() as meter:
+        torch.ones(1000, device="meta") + 1
+
+        assert meter.read().allocated_bytes == 0
+
+
+STATS = {
+    "allocated_bytes.all.peak": 70,
+    "allocated_bytes.all.current": 50,
+    "reserved_bytes.all.peak": 90,
+    "reserved_bytes.all.current": 80,
+    "requested_bytes.all.peak": 65,
+    "active_bytes.all.peak": 75,
+    "inactive_split_bytes.all.peak": 5,
+    "num_alloc_retries": 2,
+}
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CUDA that notes what is called and has STATS to tell."""
+    calls: list[str] = []
+    for name, answer in {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_stats": STATS,
+        "memory_reserved": 80,
+        "memory_snapshot": [{"segment_type": "large", "total_size": 80}],
+        "mem_get_info": (100, 1000),
+        "init": None,
+        "current_device": 0,
+    }.items():
+        monkeypatch.setattr(
+            torch.cuda,
+            name,
+            lambda *args, _name=name, _answer=answer: (calls.append(_name), _answer)[1],
+        )
+    return calls
+
+
+def test_peaks_are_read_before_they_are_reset(card: list[str]) -> None:
+    meter = CudaMeter()
+    meter.reset()
+    reading = meter.read()
+
+    assert card == [
+        *("synchronize", "reset_peak_memory_stats"),
+        *("synchronize", "memory_stats"),
+    ]
+    assert (reading.allocated_bytes, reading.reserved_bytes) == (70, 90)
+    assert reading.end_allocated_bytes == 50
+    assert reading.counters == {
+        "requested_bytes": 65,
+        "active_bytes": 75,
+        "inactive_split_bytes": 5,
+        "reserved_end_bytes": 80,
+        "retries": 2,
+    }
+
+
+Memory = namedtuple("Memory", "used")
+Process = namedtuple("Process", "pid usedGpuMemory")
+
+
+class Nvml:
+    """A driver that counts 500 on its only card, for the processes that it is given."""
+
+    class NVMLError(Exception):
+        """What it raises."""
+
+    def __init__(self, *processes: Process) -> None:
+        self.processes = list(processes)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
+        return f"card {index}"
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 1
+
+    def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Memory:  # noqa: N802
+        return Memory(500)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Process]:  # noqa: N802
+        return self.processes
+
+
+def with_driver(monkeypatch: pytest.MonkeyPatch, nvml: Nvml | None) -> None:
+    class Session:
+        def __enter__(self) -> Nvml:
+            if nvml is None:
+                raise InputError("--gpu", "auto", "finds no NVIDIA driver", "give one")
+            return nvml
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(cuda_meter, "nvml_session", Session)
+
+
+OWN = Process(os.getpid(), 300)
+OTHER = Process(1, 150)
+
+
+def test_the_driver_s_own_reading_of_the_process_comes_first(
+    monkeypatch: pytest.MonkeyPatch, card: list[str]
+) -> None:
+    with_driver(monkeypatch, Nvml(OTHER, OWN))
+    driver, note = read_driver(used_before=170)
+
+    assert driver == {
+        "card_used_before_bytes": 170,
+        "card_used_bytes": 500,
+        "process_bytes": 300,
+    }
+    assert note == ""
+    assert context_bytes(driver, reserved_bytes=80, paged_bytes=20) == 200
+
+
+def test_in_a_container_the_card_s_reading_stands_in(
+    monkeypatch: pytest.MonkeyPatch, card: list[str]
+) -> None:
+    with_driver(monkeypatch, Nvml(OTHER, Process(os.getpid(), None)))
+    driver, note = read_driver(used_before=170)
+
+    assert "process_bytes" not in driver
+    assert "containers" in note
+    assert context_bytes(driver, reserved_bytes=80, paged_bytes=0) == 500 - 170 - 80
+
+
+def test_without_nvml_torch_s_reading_of_the_card_is_kept_and_said(
+    monkeypatch: pytest.MonkeyPatch, card: list[str]
+) -> None:
+    with_driver(monkeypatch, None)
+    driver, note = read_driver(used_before=None)
+
+    assert driver == {"card_used_bytes": 900}
+    assert "finds no NVIDIA driver" in note
+    assert context_bytes(driver, reserved_bytes=80, paged_bytes=0) is None
+
+
+def test_a_driver_that_refuses_to_list_processes_names_none() -> None:
+    class Refusing(Nvml):
+        def nvmlDeviceGetComputeRunningProcesses(self, handle: Any) -> list[Process]:  # noqa: N802
+            raise self.NVMLError
+
+    assert own_bytes(Refusing(), "card 0") is None
+
+
+def test_the_finish_holds_all_that_is_read_once(
+    monkeypatch: pytest.MonkeyPatch, card: list[str]
+) -> None:
+    with_driver(monkeypatch, Nvml(OWN))
+    finish = CudaMeter().finish(None)
+
+    assert finish["context_bytes"] == 220
+    assert finish["segments"]["large_bytes"] == 80
+    assert json.loads(json.dumps(finish)) == finish
+
+
+def test_segments_are_counted_by_pool() -> None:
+    segments = [
+        {"segment_type": "small", "total_size": 2 * MIB},
+        {"segment_type": "large", "total_size": 20 * MIB},
+        {"segment_type": "large", "total_size": 34 * MIB},
+    ]
+
+    assert count_segments(segments) == {
+        "small": 1,
+        "large": 2,
+        "small_bytes": 2 * MIB,
+        "large_bytes": 54 * MIB,
+        "largest_bytes": 34 * MIB,
+    }
+
+
+def test_paged_state_is_what_bitsandbytes_marks() -> None:
+    paged, plain = torch.zeros(100, dtype=torch.uint8), torch.zeros(50)
+    paged.is_paged = True  # type: ignore[attr-defined]
+    optimizer = SimpleNamespace(state={"p": {"state1": paged, "absmax": plain, "n": 1}})
+
+    assert paged_state_bytes(optimizer) == 100
+    assert paged_state_bytes(None) == 0
+
+
+def test_a_trace_is_rows_of_action_address_and_bytes(
+    tmp_path: Path, card: list[str]
+) -> None:
+    events = [
+        {"action": "segment_alloc", "addr": 4096, "size": 2 * MIB, "stream": 0},
+        {"action": "alloc", "addr": 4096, "size": 512, "frames": []},
+    ]
+    file = tmp_path / "traces" / "one.jsonl.gz"
+    write_trace({"device_traces": [events]}, file)
+
+    with gzip.open(file, "rt") as opened:
+        rows = [json.loads(line) for line in opened]
+    assert rows == [["segment_alloc", 4096, 2 * MIB], ["alloc", 4096, 512]]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
