@@ -20,8 +20,9 @@ from memplan.commands.options import (
     take_gpu,
     take_keys,
     trust_option,
+    without_compiler,
 )
-from memplan.commands.simulate import import_simulator, without_compiler
+from memplan.commands.simulate import import_simulator
 from memplan.comparison import FIELD, T4_PREFIX, Side, measured_t4, side_of
 from memplan.errors import InputError
 from memplan.footprint import Footprint
