@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from memplan import losses, methods, quantizations
 from memplan.architecture import Architecture
-from memplan.errors import InputError
+from memplan.errors import InputError, UnknownNameError
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 
@@ -27,6 +27,8 @@ def check(
     _check_card(recipe, gpu)
     method_notes = methods.check(recipe)
     methods.check_shapes(architecture, recipe)
+    if recipe.method != "full":
+        _check_names(architecture, recipe)
     _check_base(recipe)
     _check_optimizer(recipe)
     return (
@@ -70,6 +72,72 @@ def _check_optimizer(recipe: Recipe) -> None:
             f"is of method lora-fa alone, and would freeze A under {recipe.method}",
             "use method lora-fa, or another optimizer",
         )
+
+
+def _check_names(architecture: Architecture, recipe: Recipe) -> None:
+    """Raises InputError for names and patterns that nothing of the model answers to.
+
+    PEFT takes further names for stacked experts, and a tied head is no layer here: for
+    such models it is left to what is built.
+    """
+    if not architecture.num_experts:
+        _check_targets(architecture, recipe)
+        _check_patterns(architecture, recipe)
+    if not architecture.tied:
+        _check_trained_modules(architecture, recipe)
+
+
+def _check_targets(architecture: Architecture, recipe: Recipe) -> None:
+    if isinstance(recipe.targets, str):
+        return
+    paths = [f".{path}" for path, _ in architecture.all_linears()]
+    for name in recipe.targets:
+        if not any(path.endswith(f".{name}") for path in paths):
+            known = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+            raise UnknownNameError("targets", name, known, "see `memplan inspect`")
+
+
+def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
+    fields = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
+    given = [
+        (field, key)
+        for field in sorted(fields & methods.find(recipe.method).uses)
+        for key in getattr(recipe, field)
+    ]
+    if not given:
+        return
+    paths = [path for path, _ in methods.adapted_linears(architecture, recipe)]
+    for field, key in given:
+        if not any(methods.matching({key: True}, path) for path in paths):
+            raise InputError(
+                field, key, "matches no adapted module", "see `memplan inspect`"
+            )
+
+
+def _check_trained_modules(architecture: Architecture, recipe: Recipe) -> None:
+    """As PEFT names modules: by the end of their path."""
+    if not recipe.trained_modules:
+        return
+    paths = set(_module_paths(architecture))
+    for name in recipe.trained_modules:
+        if not any(path.endswith(name) for path in paths):
+            known = dict.fromkeys(path.rpartition(".")[2] for path in sorted(paths))
+            raise UnknownNameError("trained_modules", name, known)
+
+
+def _module_paths(architecture: Architecture) -> Iterator[str]:
+    """Paths of the modules that hold parameters, and of those around them."""
+    held = [path for path, _ in architecture.all_linears()]
+    held += [one.path.rpartition(".")[0] for one in architecture.parameters]
+    for block in architecture.blocks:
+        for path in block.paths:
+            held += [
+                f"{path}.{one.path.rpartition('.')[0]}" for one in block.parameters
+            ]
+    for path in held:
+        while path:
+            yield path
+            path = path.rpartition(".")[0]
 
 
 def _check_base(recipe: Recipe) -> None:

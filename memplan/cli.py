@@ -17,10 +17,10 @@ from memplan import __version__
 from memplan.errors import MemplanError, near_names
 
 COMMANDS = {
-    "export": "Write a plan or a recipe as the files that a trainer takes.",
     "estimate": "Estimate a fine-tune's memory at once, term by term.",
     "fits": "Say what fits on a card: models by ways to fine-tune them.",
     "compare": "Compare fine-tunes, term by term.",
+    "export": "Write a plan or a recipe as the files that a trainer takes.",
     "gpus": "List the cards that the catalog knows.",
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -97,3 +98,42 @@ def test_experts_that_stay_in_16_bits_are_noted() -> None:
     mixtral = inspect("mistralai/Mixtral-8x7B-v0.1")
     assert any("16 bits" in note for note in check(mixtral, Recipe()))
     assert dataclasses.replace(mixtral, notes=()).num_experts == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"targets": ("qq_proj",)}, "targets: 'qq_proj' is unknown; near: q_proj"),
+        ({"targets": ("q_proj", "proj")}, "targets: 'proj' is unknown"),
+        ({"rank_pattern": {"nothing": 4}}, "rank_pattern: 'nothing' matches no"),
+        (
+            {"targets": ("q_proj",), "alpha_pattern": {"k_proj": 4.0}},
+            "alpha_pattern: 'k_proj' matches no",
+        ),
+        (
+            {"trained_modules": ("embed_tokenz",)},
+            "trained_modules: 'embed_tokenz' is unknown; near: embed_tokens",
+        ),
+    ],
+)
+def test_names_that_nothing_answers_to_are_refused(
+    llama: Architecture, keys: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        check(llama, Recipe(**keys))
+
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"targets": ("q_proj", "mlp.up_proj", "lm_head")},
+        {"targets": ("layers.3.self_attn.q_proj",)},
+        {"rank_pattern": {"q_proj": 4, r"layers\.[0-3]\.mlp\.up_proj": 8}},
+        {"trained_modules": ("embed_tokens", "lm_head", "norm", "self_attn")},
+        {"method": "full", "targets": ("qq_proj",)},
+    ],
+)
+def test_names_of_the_model_pass(llama: Architecture, keys: dict[str, Any]) -> None:
+    check(llama, Recipe(**keys))

@@ -127,6 +127,8 @@ def test_batches_are_shown(lengths: str) -> None:
         (("--gpu", "rtx 9999"), ("--gpu", "rtx 9999", "size")),
         (("--attention", "flash", "--padded"), ("attention", "'flash'", "mask")),
         (("--method", "full", "--quantization", "nf4"), ("quantization", "'nf4'")),
+        (("--targets", "qq_proj"), ("targets", "'qq_proj'", "q_proj")),
+        (("--rank-pattern", '{"nothing": 4}'), ("rank_pattern", "'nothing'")),
         (("--lengths", "/no/such/file"), ("--lengths", "/no/such/file", "histogram")),
         (("--recipe", "/no/such/file"), ("--recipe", "/no/such/file")),
     ],

@@ -42,3 +42,15 @@ def test_piped_line_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_counts_that_lie_apart_are_a_sum(counts: list[int], text: str) -> None:
     assert terminal.plus(counts) == text
+
+
+def test_columns_that_may_wrap_keep_within_the_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PIPED_WIDTH", 40)
+    words = "one two three four five six seven eight nine"
+    terminal.table(("name", "which is"), [("weights", words)], wraps=("which is",))
+
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert " ".join(line[9:].strip() for line in lines[1:]) == words

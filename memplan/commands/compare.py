@@ -31,7 +31,6 @@ from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import comparison, terminal
 from memplan.reporters.footprint import report_notes
-from memplan.reporters.json import report_comparison
 from memplan.store import read_json
 
 
@@ -89,7 +88,7 @@ def command(  # noqa: PLR0913 - each is an option
     sides += [_read(other) for other in others]
     notes = (*(gpu.assumptions if gpu else ()), *_notes(sides))
     if as_json:
-        report_comparison(tuple(sides), gpu, notes)
+        comparison.report_object(tuple(sides), gpu, notes)
     else:
         comparison.report(tuple(sides))
         report_notes(notes)

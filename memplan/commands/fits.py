@@ -28,7 +28,7 @@ from memplan.fits import DEFAULTS, Answer, ranked, ways, what_fits
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import fits as reporter
-from memplan.reporters import json, terminal
+from memplan.reporters import terminal
 from memplan.reporters.footprint import report_notes
 from memplan.units import parse_count
 
@@ -101,7 +101,7 @@ def command(  # noqa: PLR0913 - each is an option
         answers = ranked(answers, asked)
     notes = (*gpu.assumptions, *_notes(answers, given))
     if as_json:
-        json.report_fits(gpu, keys, answers, notes, found)
+        reporter.report_object(gpu, keys, answers, notes, found)
     elif form is not None:
         reporter.write(answers, form)
     else:

@@ -232,23 +232,20 @@ def take_given_recipe(
     options: dict[str, Any],
 ) -> tuple[Recipe, str | None, frozenset[str]]:
     """The recipe and the model likewise, and the keys that were given."""
-    keys, model = take_recipe_keys(options)
-    return Recipe.from_mapping(keys), model, frozenset(keys)
+    settled, model = take_recipe_keys(options)
+    return Recipe.from_mapping(settled), model, frozenset(settled)
 
 
 def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The keys that the command's options give, and the model that their file names.
-
-    Takes the recipe's options out of the command's.
-    """
+    """The keys that the options give, and the model likewise."""
     file = options.pop("recipe_file")
     keys, model = read_recipe_file(file) if file else ({}, None)
     return keys | take_keys(options), model
 
 
 def take_keys(options: dict[str, Any]) -> dict[str, Any]:
-    """The keys that are given as options of their own; takes all of these out."""
-    given = given_keys(options)
+    """The keys that have options of their own; takes all of these out."""
+    given = take_given_keys(options)
     for name in field_names():
         del options[name]
     return given

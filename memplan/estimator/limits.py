@@ -84,8 +84,8 @@ class _Room:
     def margin_bytes(self, batch: int, length: int) -> int:
         """What is left at the life's peak; negative where it lacks."""
         parts = self._parts_at(length)
-        found = moments(parts, step_of(parts, batch, length))
-        peak_bytes = max(moment.reserved_bytes for moment in found)
+        life = moments(parts, step_of(parts, batch, length))
+        peak_bytes = max(moment.reserved_bytes for moment in life)
         return self._gpu.budget_bytes - peak_bytes
 
     def _parts_at(self, length: int) -> Parts:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 
 from memplan.comparison import Difference, Side, differences
-from memplan.reporters import terminal
+from memplan.gpu import Gpu
+from memplan.reporters import json, terminal
 from memplan.units import format_bytes
 
 MOST_SIDES = len(ascii_uppercase)
@@ -27,6 +28,19 @@ def report(sides: tuple[Side, ...]) -> None:
     _report("at the peak", sides, found, lambda one: one.breakdown)
     _report("peak", sides, found, lambda one: one.readings)
     _report("moment (allocated)", sides, found, lambda one: one.moments)
+
+
+def report_object(
+    sides: tuple[Side, ...], gpu: Gpu | None, notes: Sequence[str]
+) -> None:
+    """Prints the sides, and what each takes beyond the first, as one object."""
+    body = {
+        "gpu": None if gpu is None else gpu.to_json(),
+        "sides": [side.to_json() for side in sides],
+        "differences": [one.to_json() for one in differences(sides)],
+        "notes": list(notes),
+    }
+    json.report_object("comparison", body)
 
 
 def _report_recipes(letters: str, found: Sequence[Difference]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 
-from memplan.fits import Answer, Way
+from memplan.fits import DEFAULTS, Answer, Way
 from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.recipe import Recipe
-from memplan.reporters import terminal
+from memplan.reporters import json, terminal
 from memplan.units import format_bytes, format_count
 
 COLUMNS = (
@@ -67,6 +68,24 @@ def report_models(answers: Sequence[Answer], gpu: Gpu, lengths: Lengths | None) 
             name = answer.architecture.name
             terminal.say(f"Note: {name}, {answer.way.name}: {answer.problem}", "dim")
     terminal.say(_settings(recipe))
+
+
+def report_object(
+    gpu: Gpu,
+    keys: Mapping[str, Any],
+    answers: Sequence[Answer],
+    notes: Sequence[str],
+    lengths: Lengths | None,
+) -> None:
+    """Prints the answers as one object; `keys` are the recipe's that were given."""
+    body = {
+        "gpu": gpu.to_json(),
+        "recipe": {**DEFAULTS, **keys},
+        "fits": [answer.to_json() for answer in answers],
+        "lengths": None if lengths is None else lengths.to_json(),
+        "notes": list(notes),
+    }
+    json.report_object("fits", body)
 
 
 def as_csv(answers: Sequence[Answer]) -> str:

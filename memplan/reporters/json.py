@@ -13,11 +13,8 @@ import click
 from memplan import __version__
 from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
-from memplan.comparison import Side, differences
-from memplan.fits import DEFAULTS, Answer
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
-from memplan.lengths import Lengths
 from memplan.machine import Reading
 from memplan.profile import Profile
 from memplan.recipe import Recipe
@@ -50,41 +47,6 @@ def report_list(kind: str, entries: list[dict[str, Any]]) -> None:
 def report_object(kind: str, body: Mapping[str, Any]) -> None:
     """Prints an object of a kind."""
     _print({"kind": kind, **body})
-
-
-def report_fits(
-    gpu: Gpu,
-    keys: Mapping[str, Any],
-    answers: Sequence[Answer],
-    notes: Sequence[str],
-    lengths: Lengths | None,
-) -> None:
-    """Prints what fits on a card; `keys` are those of the recipe that were given."""
-    _print(
-        {
-            "kind": "fits",
-            "gpu": gpu.to_json(),
-            "recipe": dict(DEFAULTS) | dict(keys),
-            "fits": [answer.to_json() for answer in answers],
-            "lengths": None if lengths is None else lengths.to_json(),
-            "notes": list(notes),
-        }
-    )
-
-
-def report_comparison(
-    sides: tuple[Side, ...], gpu: Gpu | None, notes: Sequence[str]
-) -> None:
-    """Prints fine-tunes side by side, and what each takes beyond the first."""
-    _print(
-        {
-            "kind": "comparison",
-            "gpu": None if gpu is None else gpu.to_json(),
-            "sides": [side.to_json() for side in sides],
-            "differences": [one.to_json() for one in differences(sides)],
-            "notes": list(notes),
-        }
-    )
 
 
 def footprint_object(  # noqa: PLR0913 - each is a key of the object

@@ -34,7 +34,6 @@ _TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
-_MAYBE_TEXT = {"type": ["string", "null"]}
 _ANY_OBJECT = {"type": "object"}
 
 _FOOTPRINT_KEYS = (
@@ -51,7 +50,6 @@ _FOOTPRINT_KEYS = (
 )
 _KEYS = {
     "architecture": ("model", "parameters", "architecture", "notes"),
-    "comparison": ("gpu", "sides", "differences", "notes"),
     "estimate": (*_FOOTPRINT_KEYS, "margin_bytes", "limits", "terms"),
     "explanation": ("run", "ways"),
     "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
@@ -80,6 +78,12 @@ _KEYS = {
     ),
 }
 """What an object of each kind has besides `schema`, `kind` and `versions`."""
+
+_COMPARISONS = (
+    ("gpu", "sides", "differences", "notes"),
+    ("runs", "groups", "left_out"),
+)
+"""The same of comparisons: of fine-tunes, and of predictions with measured runs."""
 
 
 def output_schema() -> dict[str, Any]:
@@ -157,8 +161,68 @@ def output_schema() -> dict[str, Any]:
                 "then": {"required": list(keys)},
             }
             for kind, keys in _KEYS.items()
+        ]
+        + [
+            {
+                "if": {"properties": {"kind": {"const": "comparison"}}},
+                "then": {"anyOf": [{"required": list(keys)} for keys in _COMPARISONS]},
+            }
         ],
     }
+
+
+def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
+    """Whether a model fits in one way; no peak where it was not estimated."""
+    return _object(
+        model=_TEXT,
+        model_type=_TEXT,
+        total_parameters=_COUNT,
+        method=_TEXT,
+        quantization=_TEXT,
+        batch_size=_COUNT,
+        sequence_length=_COUNT,
+        fits={"type": "boolean"},
+        peak=_or_null(peak),
+        life_peak=_or_null(peak),
+        margin_bytes=_MAYBE_INTEGER,
+        longest_sequence_length=_MAYBE_INTEGER,
+        weights_bytes=_COUNT,
+        problem=_MAYBE_TEXT,
+    )
+
+
+def _limits_schema() -> dict[str, Any]:
+    return _or_null(
+        _object(
+            largest_batch_size=_MAYBE_INTEGER, longest_sequence_length=_MAYBE_INTEGER
+        )
+    )
+
+
+def _lengths_schema() -> dict[str, Any]:
+    """How long samples are, and where they were asked for, what batches they make."""
+    return _or_null(
+        _object(
+            samples=_COUNT,
+            tokens=_COUNT,
+            mean={"type": "number"},
+            p50=_COUNT,
+            p99=_COUNT,
+            max=_COUNT,
+        )
+    )
+
+
+def _differences_schema() -> dict[str, Any]:
+    bytes_by_name = {"type": "object", "additionalProperties": _BYTES}
+    return _list_of(
+        name=_TEXT,
+        against=_TEXT,
+        recipe=_ANY_OBJECT,
+        peak=bytes_by_name,
+        breakdown=bytes_by_name,
+        moments=bytes_by_name,
+    )
 
 
 def profile_schema() -> dict[str, Any]:
@@ -269,60 +333,6 @@ def _decision_schema() -> dict[str, Any]:
         reasons={"type": "array", "items": _TEXT},
         alternatives={"type": "array", "items": {"type": "object"}},
         rejected={"type": "array", "items": rejected},
-    )
-
-
-def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
-    """Whether a model fits in one way; no peak where it was not estimated."""
-    return _object(
-        model=_TEXT,
-        model_type=_TEXT,
-        total_parameters=_COUNT,
-        method=_TEXT,
-        quantization=_TEXT,
-        batch_size=_COUNT,
-        sequence_length=_COUNT,
-        fits={"type": "boolean"},
-        peak=_or_null(peak),
-        life_peak=_or_null(peak),
-        margin_bytes=_MAYBE_INTEGER,
-        longest_sequence_length=_MAYBE_INTEGER,
-        weights_bytes=_COUNT,
-        problem=_MAYBE_TEXT,
-    )
-
-
-def _limits_schema() -> dict[str, Any]:
-    return _or_null(
-        _object(
-            largest_batch_size=_MAYBE_INTEGER, longest_sequence_length=_MAYBE_INTEGER
-        )
-    )
-
-
-def _lengths_schema() -> dict[str, Any]:
-    """How long samples are, and where they were asked for, what batches they make."""
-    return _or_null(
-        _object(
-            samples=_COUNT,
-            tokens=_COUNT,
-            mean={"type": "number"},
-            p50=_COUNT,
-            p99=_COUNT,
-            max=_COUNT,
-        )
-    )
-
-
-def _differences_schema() -> dict[str, Any]:
-    bytes_by_name = {"type": "object", "additionalProperties": _BYTES}
-    return _list_of(
-        name=_TEXT,
-        against=_TEXT,
-        recipe=_ANY_OBJECT,
-        peak=bytes_by_name,
-        breakdown=bytes_by_name,
-        moments=bytes_by_name,
     )
 
 
