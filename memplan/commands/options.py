@@ -245,7 +245,7 @@ def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | Non
 
 def take_keys(options: dict[str, Any]) -> dict[str, Any]:
     """The keys that have options of their own; takes all of these out."""
-    given = take_given_keys(options)
+    given = given_keys(options)
     for name in field_names():
         del options[name]
     return given

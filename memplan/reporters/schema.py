@@ -33,6 +33,7 @@ _NUMBER = {"type": "number"}
 _TEXTS = {"type": "array", "items": _TEXT}
 _BYTES = {"type": "integer"}
 _COUNT = {"type": "integer", "minimum": 0}
+_MAYBE_TEXT = {"type": ["string", "null"]}
 _MAYBE_INTEGER = {"type": ["integer", "null"]}
 _ANY_OBJECT = {"type": "object"}
 
