@@ -127,15 +127,16 @@ class Walk:
         self._done.add(number)
 
 
-def layer_bytes(
+def layer_bytes(  # noqa: PLR0913 - each says how the layer runs
     tape: BlockTape,
     holes: tuple[Hole, ...],
     sizes: Sizes,
     *,
     checkpointed: bool,
+    offloaded: bool,
     accumulates: bool,
 ) -> LayerBytes:
-    """Bytes of one layer."""
+    """Bytes of one layer; what is offloaded comes back for its own backward."""
     walk = Walk(sizes, holes, accumulates=accumulates)
     walk.run(tape.forward, passing=checkpointed)
     kept, stuck = walk.live, walk.stuck
@@ -143,6 +144,8 @@ def layer_bytes(
     walk.live = walk.live - walk.cached
     walk.peak = walk.live
     walk.run(tape.backward)
+    if offloaded:
+        kept = kept - sum(value(block, sizes) for block in tape.kept)
     return LayerBytes(
         kept=kept,
         forward_peak=forward_peak,

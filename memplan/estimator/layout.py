@@ -32,8 +32,13 @@ class Group:
     """Layers of one kind whose linear layers have the same roles."""
 
     block: Block
-    count: int
+    layers: tuple[int, ...]
+    """Their positions in the block's stack."""
     roles: tuple[Role, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,15 +84,18 @@ def layout_of(
             for linear in block.linears
         )
 
-    groups: dict[tuple[int, tuple[Role, ...]], int] = {}
+    groups: dict[tuple[int, tuple[Role, ...]], tuple[int, ...]] = {}
     for kind, block in enumerate(architecture.blocks):
-        for path in block.paths[:1] if alike else block.paths:
+        if alike:
+            groups[kind, roles(block, block.paths[0])] = block.layers
+            continue
+        for layer, path in zip(block.layers, block.paths, strict=True):
             key = (kind, roles(block, path))
-            groups[key] = len(block.layers) if alike else groups.get(key, 0) + 1
+            groups[key] = (*groups.get(key, ()), layer)
     return Layout(
         groups=tuple(
-            Group(block=architecture.blocks[kind], count=count, roles=same)
-            for (kind, same), count in groups.items()
+            Group(block=architecture.blocks[kind], layers=layers, roles=same)
+            for (kind, same), layers in groups.items()
         ),
         outside=tuple(
             role(linear, linear.path, True) for linear in architecture.linears

@@ -8,6 +8,7 @@ pile plus the larger of loss and one layer, not their sum.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,14 @@ from memplan.estimator.trained import Trained, trained
 from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
-from memplan.tape import BlockTape, LayerTape, LossTape, ModelTape, Stretch
+from memplan.tape import (
+    BlockTape,
+    LayerTape,
+    LossTape,
+    ModelTape,
+    Regime,
+    Stretch,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +71,8 @@ class GroupPart:
     """Layers of one kind and their tapes."""
 
     group: Group
+    count: int
+    checkpointed: bool
     tape: BlockTape
     linears: tuple[LinearPart, ...]
 
@@ -110,9 +120,19 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
         tape=tape,
         loss=tapes.loss_tape(architecture, loss_regime(recipe)),
         groups=tuple(
-            _group(group, tape.blocks[kinds.index(group.block)], recipe)
+            _group(
+                group,
+                count,
+                each.blocks[kinds.index(group.block)],
+                recipe,
+                checkpointed=checkpointed,
+            )
             for group in layout.groups
             if group.block.stack == stack
+            for count, checkpointed, each in _by_checkpoint(
+                architecture, regime, group, recipe
+            )
+            if count
         ),
         trained=tensors,
         weights=weight_bytes(architecture, layout, recipe),
@@ -125,7 +145,26 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
     )
 
 
-def _group(group: Group, tape: BlockTape, recipe: Recipe) -> GroupPart:
+def _by_checkpoint(
+    architecture: Architecture, regime: Regime, group: Group, recipe: Recipe
+) -> Iterator[tuple[int, bool, ModelTape]]:
+    """How many layers of a group are checkpointed, how many not, with their tapes.
+
+    transformers checkpoints every n-th layer, the first included.
+    """
+    every = recipe.every_n_layers if recipe.checkpointing == "full" else 1
+    if every == 1:
+        yield group.count, regime.checkpointed, tapes.model_tape(architecture, regime)
+        return
+    count = sum(layer % every == 0 for layer in group.layers)
+    yield count, True, tapes.model_tape(architecture, regime)
+    other = dataclasses.replace(regime, checkpointed=False)
+    yield group.count - count, False, tapes.model_tape(architecture, other)
+
+
+def _group(
+    group: Group, count: int, tape: BlockTape, recipe: Recipe, *, checkpointed: bool
+) -> GroupPart:
     roles = {role.linear.path: role for role in group.roles}
     linears = []
     for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
@@ -139,7 +178,13 @@ def _group(group: Group, tape: BlockTape, recipe: Recipe) -> GroupPart:
                 gradient_bytes=layer_gradient_bytes(role, recipe),
             )
         )
-    return GroupPart(group=group, tape=tape, linears=tuple(linears))
+    return GroupPart(
+        group=group,
+        count=count,
+        checkpointed=checkpointed,
+        tape=tape,
+        linears=tuple(linears),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,13 +230,9 @@ class _Stepper:
             (part, self._layer(part, batch * length)) for part in parts.groups
         ]
         self._loss = loss_bytes(parts.loss, self._tokens)
-        self._kept = sum(part.group.count * layer.kept for part, layer in self._layers)
-        self._cached = sum(
-            part.group.count * layer.cached for part, layer in self._layers
-        )
-        self._stuck = sum(
-            part.group.count * layer.stuck for part, layer in self._layers
-        )
+        self._kept = sum(part.count * layer.kept for part, layer in self._layers)
+        self._cached = sum(part.count * layer.cached for part, layer in self._layers)
+        self._stuck = sum(part.count * layer.stuck for part, layer in self._layers)
         self._start = value(parts.tape.before.net, self._sizes)
 
     def step(self) -> Step:
@@ -224,7 +265,8 @@ class _Stepper:
             part.tape,
             holes,
             self._sizes,
-            checkpointed=self._parts.recipe.checkpointing == "full",
+            checkpointed=part.checkpointed,
+            offloaded=part.checkpointed and self._parts.recipe.offload,
             accumulates=self._accumulates,
         )
 

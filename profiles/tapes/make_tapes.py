@@ -18,11 +18,12 @@ from typing import Any
 os.environ["MEMPLAN_CACHE"] = "off"
 
 from memplan import registry, tapes
+from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator.regimes import first_regime
 from memplan.estimator.schedule import parts_of
-from memplan.gpu import find_gpu
+from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 
 CARDS = ("RTX 3060", "H100 80GB HBM3")
@@ -80,12 +81,23 @@ def main(names: list[str]) -> None:
             continue
         if path.is_file() and "--again" not in sys.argv:
             continue
+        if not _make(architecture, cards):
+            print(f"{name} cannot be traced", file=sys.stderr)
+
+
+def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
+    """Traces and writes a model's tapes; whether it can be traced at all."""
+    try:
         first = tapes.model_tape(architecture, first_regime(Recipe()))
-        lengths = (512, LONG) if first.window else (512,)
-        for keys, card, length in itertools.product(recipes(), cards, lengths):
-            with contextlib.suppress(InputError):
-                parts_of(architecture, Recipe(**keys, sequence_length=length), card)
-        tapes.write(path, tapes.file_of(architecture).lines)
+    except (InputError, ValueError, TypeError, RuntimeError):
+        return False
+    lengths = (512, LONG) if first.window else (512,)
+    for keys, card, length in itertools.product(recipes(), cards, lengths):
+        with contextlib.suppress(InputError):
+            parts_of(architecture, Recipe(**keys, sequence_length=length), card)
+    path = tapes.shipped_path(tapes.name_of(architecture))
+    tapes.write(path, tapes.file_of(architecture).lines)
+    return True
 
 
 def make_layers() -> None:

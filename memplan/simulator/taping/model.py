@@ -194,7 +194,7 @@ def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]
     dtype = getattr(torch, regime.autocast) if regime.casts_output else None
     paths: dict[int, str] = {}
     for path, linear in list(stack.named_modules()):
-        if not isinstance(linear, nn.Linear | Conv1D):
+        if not _is_hole(linear):
             continue
         shape = linear.weight.shape
         out_features = shape[1] if isinstance(linear, Conv1D) else shape[0]
@@ -205,7 +205,7 @@ def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]
 
 
 def _plain(stack: nn.Module) -> dict[int, bool]:
-    linears = [m for m in stack.modules() if isinstance(m, nn.Linear | Conv1D)]
+    linears = [module for module in stack.modules() if _is_hole(module)]
     return {
         number: type(linear) in (nn.Linear, Conv1D)
         for number, linear in enumerate(linears)
@@ -218,6 +218,12 @@ def _window(architecture: Architecture) -> int | None:
     )
     config = build_config(source).get_text_config()
     return getattr(config, "sliding_window", None) or None
+
+
+def _is_hole(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that gives one tensor: a router may not."""
+    is_router = "router" in type(module).__name__.lower()
+    return isinstance(module, nn.Linear | Conv1D) and not is_router
 
 
 def _numbers(holes: dict[int, str]) -> dict[int, int]:
