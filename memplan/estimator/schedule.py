@@ -35,7 +35,6 @@ from memplan.estimator.optimizer import (
 )
 from memplan.estimator.polynomials import Sizes, larger, value
 from memplan.estimator.regimes import (
-    dtype_outside,
     first_regime,
     layer_regime,
     loss_regime,
@@ -284,6 +283,7 @@ class _Stepper:
         loss = self._loss
         gradients = self._parts.gradients if self._accumulates else 0
         live = self._start + self._kept
+        hidden: Any = 0
         held: Any = 0
         forward: list[Candidate] = []
         backward: list[Candidate] = []
@@ -307,19 +307,14 @@ class _Stepper:
                 note(live + loss.forward_peak, loss.logits)
                 live = live + loss.kept - self._cached
                 points = backward
-            elif item.kind == "drop" and self._parts.loss.holds_input:
-                held = value(item.size, self._sizes)
             elif item.kind == "drop":
-                live = live - value(item.size, self._sizes)
+                hidden = value(item.size, self._sizes)
+                held = hidden if self._parts.loss.holds_input else 0
+                live = live - hidden + held
             else:
                 note(live - loss.kept + loss.backward_peak, loss.logits)
-                live = live - loss.kept + loss.left + self._hidden_bytes() - held
+                live = live - loss.kept + loss.left + hidden - held
         return forward, backward, live + self._cached - self._kept
-
-    def _hidden_bytes(self) -> Any:
-        """The gradient of the last hidden states: (B, T, H)."""
-        item = DTYPE_BYTES[dtype_outside(self._parts.recipe)]
-        return self._tokens * self._parts.architecture.hidden_size * item
 
     def _backward(self, rest: Any) -> Iterator[Candidate]:
         """Each kind's layer at the top of the pile, and at its bottom.

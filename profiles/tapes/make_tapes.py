@@ -89,7 +89,7 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
     """Traces and writes a model's tapes; whether it can be traced at all."""
     try:
         first = tapes.model_tape(architecture, first_regime(Recipe()))
-    except (InputError, ValueError, TypeError, RuntimeError):
+    except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):

@@ -72,7 +72,7 @@ def _run(
     tracer = TapeTracer(find_gpu(CARD), log, padded=False)
     tracer.vocab_size = architecture.vocab_size
     device = torch.device("meta")
-    shape = (1, tokens, architecture.hidden_size)
+    shape = (1, tokens, model.get_output_embeddings().weight.shape[-1])
     dtype = getattr(torch, regime.dtype)
 
     def body(self: Any, *args: Any, **kwargs: Any) -> _Body:

@@ -260,13 +260,19 @@ def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> No
     batch = make_batch(recipe, vocab_size, device)
     labels = batch.pop("labels")
     with autocast(recipe, device):
-        hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+        hidden = _body(model)(**batch, use_cache=False).last_hidden_state
         loss = Hole(tracer, LOSS, 1, torch.float32)(hidden)
     del hidden
     tracer.log.begin("1.backward")
     loss.sum().backward()
     del loss, batch, labels
     tracer.stop()
+
+
+def _body(model: Any) -> Any:
+    """What gives the hidden states; a base model may have a head of its own (Llama 4)."""
+    base = model.base_model
+    return model.get_decoder() if hasattr(base, "lm_head") else base
 
 
 @contextmanager
