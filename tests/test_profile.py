@@ -108,7 +108,7 @@ def test_a_full_disk_is_said_and_leaves_the_old_record(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match="No space left on device"):
         runs.save(measured(message="new"), tmp_path)
     assert file.read_bytes() == before

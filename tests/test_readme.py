@@ -54,7 +54,7 @@ def test_there_are_sessions_to_run() -> None:
 
 
 def test_the_two_commands_are_those_of_the_design() -> None:
-    assert "$ pip install -e . && memplan gpus\n" in TEXT
+    assert "$ pip install -e . && memplan fits --gpu 12GB\n" in TEXT
     assert '$ pip install -c constraints.txt -e ".[test]" && pytest\n' in TEXT
 
 

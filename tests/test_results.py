@@ -40,7 +40,7 @@ SIMULATION = Simulation(
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(results.ENVIRONMENT, str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "simulations"
 
 
 def test_what_is_kept_comes_back_equal(cache: Path) -> None:

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 
 from memplan import checks
 from memplan.architecture import Architecture
+from memplan.estimator.experts import check_experts
 from memplan.estimator.moments import moments
 from memplan.estimator.schedule import Parts, Step, parts_of, step_of
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
+
+WITHOUT_CACHE = (
+    "What the allocator's cache holds beyond the peak is not estimated; `memplan "
+    "simulate` has it, and may say that a recipe with little to spare does not fit."
+)
 
 UNNAMED_CARD = "80GB"
 """What stands for the card where none is named; its kernels are those of 8.6."""
@@ -52,6 +58,7 @@ def estimate(
 def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> Estimate:
     """The estimate with its parts; errors likewise."""
     notes = checks.check(architecture, recipe, gpu)
+    check_experts(architecture, recipe)
     parts = parts_of(architecture, recipe, gpu or _unnamed())
     step = step_of(parts, recipe.batch_size, recipe.sequence_length)
     footprint = Footprint(
@@ -59,7 +66,7 @@ def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> E
         context_bytes=gpu.context_bytes if gpu else None,
         paged_bytes=parts.paged,
         capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
-        notes=notes,
+        notes=(*notes, WITHOUT_CACHE),
     )
     return Estimate(footprint=footprint, parts=parts, step=step)
 

@@ -78,8 +78,7 @@ def model_regime(
     return Regime(
         dtype=same.get(dtype, dtype),
         autocast=same.get(autocast, autocast),
-        casts_output=recipe.quantization == "none"
-        and recipe.autocast not in ("none", dtype),
+        casts_output=recipe.autocast != "none" and recipe.quantization == "none",
         attention=attention,
         masked_attention=masked,
         padded=recipe.padded,

@@ -270,7 +270,7 @@ def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> No
 
 
 def _body(model: Any) -> Any:
-    """What gives the hidden states; a base model may have a head of its own (Llama 4)."""
+    """What gives hidden states; a base model may have a head of its own (Llama 4)."""
     base = model.base_model
     return model.get_decoder() if hasattr(base, "lm_head") else base
 
