@@ -1,8 +1,9 @@
 """memplan: how much GPU memory a fine-tune takes, and what to run so that it fits.
 
-The nouns are `Architecture`, `Recipe`, `Gpu`, `Footprint` and `Profile`; `inspect`
-reads a model into an `Architecture`, `find_gpu` a card's name into a `Gpu`, `simulate`
-turns the three into a `Footprint`, and `measure` runs them into a `Profile`.
+The nouns are `Architecture`, `Recipe`, `Gpu`, `Footprint`, `Profile` and `Plan`;
+`inspect` reads a model into an `Architecture`, `find_gpu` a card's name into a `Gpu`,
+`estimate` and `simulate` turn the three into a `Footprint`, and `measure` runs them
+into a `Profile`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from memplan.architecture import Architecture
     from memplan.catalog import inspect
     from memplan.errors import InputError, MemplanError
+    from memplan.estimator import estimate
     from memplan.footprint import Footprint, Moment
     from memplan.gpu import Gpu, find_gpu
     from memplan.plan import Plan
@@ -34,6 +36,7 @@ __all__ = [
     "Plan",
     "Profile",
     "Recipe",
+    "estimate",
     "find_gpu",
     "inspect",
     "measure",
@@ -50,6 +53,7 @@ _MODULES = {
     "Plan": "plan",
     "Profile": "profile",
     "Recipe": "recipe",
+    "estimate": "estimator",
     "find_gpu": "gpu",
     "inspect": "catalog",
     "measure": "profiler",

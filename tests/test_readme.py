@@ -69,10 +69,11 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
     exec(example, {})
 
-    total, budget, tokens = map(int, capsys.readouterr().out.split())
+    total, budget, tokens, peak = map(int, capsys.readouterr().out.split())
     card = memplan.find_gpu("RTX 3060")
     assert (total, tokens) == (6_738_415_616, 2 * 512)
     assert budget == card.budget_bytes - 2**30
+    assert peak > total / 2
 
 
 def tree() -> dict[str, str]:
