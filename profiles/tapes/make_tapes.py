@@ -29,8 +29,12 @@ from memplan.recipe import Recipe
 CARDS = ("RTX 3060", "H100 80GB HBM3")
 """Flash attention, and cuDNN's."""
 
-LAYER_MODELS = ("meta-llama/Llama-2-7b-hf", "openai-community/gpt2")
-"""Models whose linear layers have no bias, and have one."""
+LAYER_MODELS = (
+    "meta-llama/Llama-2-7b-hf",
+    "openai-community/gpt2",
+    "tiiuae/falcon-7b",
+)
+"""Models whose linear layers have no bias, have one, and are not quantised."""
 
 LONG = 2**18
 """A sequence longer than any window."""

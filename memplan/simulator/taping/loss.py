@@ -15,7 +15,7 @@ from memplan.simulator import no_initialization, no_warnings
 from memplan.simulator.events import FREE, EventLog
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.taping.holes import TapeTracer
-from memplan.simulator.taping.model import CARD
+from memplan.simulator.taping.model import CARD, body_of
 from memplan.tape import LossRegime, LossTape
 from memplan.training import model as training_model
 from memplan.training.few_layers import KeptLayers, build_few
@@ -79,7 +79,8 @@ def _run(
         hidden = _Hidden.apply(tracer.token, shape, dtype, tracer)  # type: ignore[no-untyped-call]
         return _Body(hidden)
 
-    for part in {id(p): p for p in (model.base_model, model.get_decoder())}.values():
+    parts = (body_of(model), model.get_decoder())
+    for part in {id(p): p for p in parts if p is not model}.values():
         # Most heads call the base model, OPT's calls the decoder within it.
         part.forward = types.MethodType(body, part)
     with (

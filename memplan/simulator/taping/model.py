@@ -260,7 +260,7 @@ def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> No
     batch = make_batch(recipe, vocab_size, device)
     labels = batch.pop("labels")
     with autocast(recipe, device):
-        hidden = _body(model)(**batch, use_cache=False).last_hidden_state
+        hidden = body_of(model)(**batch, use_cache=False).last_hidden_state
         loss = Hole(tracer, LOSS, 1, torch.float32)(hidden)
     del hidden
     tracer.log.begin("1.backward")
@@ -269,10 +269,10 @@ def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> No
     tracer.stop()
 
 
-def _body(model: Any) -> Any:
-    """What gives hidden states; a base model may have a head of its own (Llama 4)."""
+def body_of(model: Any) -> Any:
+    """What gives hidden states; a base model may be one with a head (Llama 4)."""
     base = model.base_model
-    return model.get_decoder() if hasattr(base, "lm_head") else base
+    return base.model if hasattr(base, "lm_head") else base
 
 
 @contextmanager
