@@ -6,6 +6,7 @@ import math
 
 from memplan import methods
 from memplan.estimator.layout import Layout
+from memplan.estimator.polynomials import rounded
 from memplan.estimator.trained import Trained
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.recipe import Recipe
@@ -21,14 +22,10 @@ def adapter_bytes(layout: Layout, recipe: Recipe, trained: Trained) -> int:
         return 0
     method = methods.find(recipe.method)
     item = DTYPE_BYTES[recipe.adapter_dtype]
-    total = sum(t.count * _rounded(t.bytes_each) for t in trained.tensors)
+    total = sum(t.count * rounded(t.bytes_each) for t in trained.tensors)
     adapted = [(role, count) for role, count in layout.linears if role.adapted]
     for role, count in adapted:
         for shape in method.frozen_shapes(role.linear, role.rank, dict(role.options)):
-            total += count * _rounded(item * math.prod(shape))
+            total += count * rounded(item * math.prod(shape))
     shared = method.shared_shapes([role.linear for role, _ in adapted], recipe.rank)
-    return total + sum(_rounded(4 * math.prod(shape)) for shape in shared)
-
-
-def _rounded(num_bytes: int) -> int:
-    return math.ceil(num_bytes / 512) * 512
+    return total + sum(rounded(4 * math.prod(shape)) for shape in shared)

@@ -7,7 +7,7 @@ from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.estimator.layout import Role
-from memplan.estimator.polynomials import larger, smaller
+from memplan.estimator.polynomials import larger, rounded, smaller
 from memplan.estimator.trained import Trained, shapes_of
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.recipe import Recipe
@@ -21,14 +21,14 @@ ROWS_PER_THREAD = 10
 
 def gradient_bytes(trained: Trained) -> int:
     """G = sum over trained tensors of their bytes."""
-    return sum(t.count * _rounded(t.bytes_each) for t in trained.with_gradient)
+    return sum(t.count * rounded(t.bytes_each) for t in trained.with_gradient)
 
 
 def layer_gradient_bytes(role: Role, recipe: Recipe) -> int:
     """The gradients of one linear layer, or of its adapter."""
     full = recipe.method == "full"
     item = DTYPE_BYTES[recipe.dtype if full else recipe.adapter_dtype]
-    return sum(_rounded(item * math.prod(shape)) for shape in shapes_of(role, recipe))
+    return sum(rounded(item * math.prod(shape)) for shape in shapes_of(role, recipe))
 
 
 def embedding_scratch_bytes(architecture: Architecture, tokens: Any) -> Any:
@@ -47,13 +47,9 @@ def embedding_scratch_bytes(architecture: Architecture, tokens: Any) -> Any:
 def embedding_bytes(architecture: Architecture, recipe: Recipe) -> int:
     """The gradient of the input embedding."""
     numbers = architecture.vocab_size * architecture.hidden_size
-    return _rounded(numbers * DTYPE_BYTES[recipe.dtype])
+    return rounded(numbers * DTYPE_BYTES[recipe.dtype])
 
 
 def is_tied(architecture: Architecture) -> bool:
     """Whether the head is the input embedding."""
     return not any(linear.kind == "head" for linear in architecture.linears)
-
-
-def _rounded(num_bytes: int) -> int:
-    return math.ceil(num_bytes / 512) * 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from memplan import methods, optimizers
+from memplan.estimator.polynomials import rounded
 from memplan.estimator.trained import Trained
 from memplan.recipe import Recipe
 
@@ -23,7 +24,7 @@ def state_bytes(trained: Trained, recipe: Recipe) -> int:
         t.count
         * sum(
             map(
-                _rounded,
+                rounded,
                 (
                     *optimizer.state_bytes(t.shape, t.item),
                     own * math.prod(t.shape),
@@ -58,8 +59,4 @@ def clip_bytes(trained: Trained) -> int:
     count = sum(t.count for t in tensors)
     longest = max((math.prod(t.shape) for t in tensors), default=0)
     sums = 4 * count * math.ceil(longest / CHUNK)
-    return NORM_BYTES * count + _rounded(4 * count) + _rounded(sums)
-
-
-def _rounded(num_bytes: int) -> int:
-    return math.ceil(num_bytes / 512) * 512
+    return NORM_BYTES * count + rounded(4 * count) + rounded(sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memplan.allocator import MIN_BLOCK_BYTES
 from memplan.tape import Polynomial
 
 
@@ -40,6 +41,6 @@ def smaller(one: Any, other: Any) -> Any:
     return -larger(-one, -other)
 
 
-def rounded(num_bytes: Any, multiple: int = 512) -> Any:
-    """Bytes rounded up as the allocator hands them out (kMinBlockSize)."""
-    return -(-num_bytes // multiple) * multiple
+def rounded(num_bytes: int) -> int:
+    """Bytes rounded up as the allocator hands them out."""
+    return -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES

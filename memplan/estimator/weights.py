@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from memplan import quantizations
 from memplan.allocator import AllocatorSettings, CachingAllocator
 from memplan.architecture import Architecture
 from memplan.estimator.layout import Layout
+from memplan.estimator.polynomials import rounded
 from memplan.estimator.regimes import is_prepared
 from memplan.recipe import Recipe
 
@@ -60,12 +60,12 @@ def weight_bytes(
             reserved=reserved,
             prepare_peak=handed_out,
         )
-    codes = sum(count * _rounded(sizes[0]) for sizes, count, _ in quantized)
-    state = sum(count * sum(map(_rounded, sizes[1:])) for sizes, count, _ in quantized)
-    loaded = sum(count * _rounded(item * n) for n, count in others)
+    codes = sum(count * rounded(sizes[0]) for sizes, count, _ in quantized)
+    state = sum(count * sum(map(rounded, sizes[1:])) for sizes, count, _ in quantized)
+    loaded = sum(count * rounded(item * n) for n, count in others)
     copy = item * max((numbers for _, _, numbers in quantized), default=0)
     final_item = 4 if is_prepared(recipe) else item
-    final = sum(count * _rounded(final_item * n) for n, count in others)
+    final = sum(count * rounded(final_item * n) for n, count in others)
     casts = item * max((n for n, _ in others), default=0) if final_item > item else 0
     return WeightBytes(
         weights=codes + final,
@@ -100,10 +100,6 @@ def _others(architecture: Architecture, layout: Layout) -> Iterator[tuple[int, i
     for block in architecture.blocks:
         for parameter in block.parameters:
             yield parameter.num_parameters, len(block.layers)
-
-
-def _rounded(num_bytes: int) -> int:
-    return math.ceil(num_bytes / 512) * 512
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.simulator.events import MARK, EventLog
 from memplan.simulator.trace import Tracer
 
 
@@ -94,8 +93,3 @@ class _Hole(torch.autograd.Function):
             grad_x = grad.new_empty(ctx.shape, dtype=ctx.dtype)
         hole.tracer.mark("b", hole.number, grad_x)
         return grad_x, None, None
-
-
-def events_of(log: EventLog) -> list[tuple[int, int]]:
-    """The log's events; its moments' marks are among them."""
-    return [event for event in log.events if event[0] != MARK]
