@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 def key(inputs: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """The name under which what comes of these inputs is kept."""
-    told = {"inputs": inputs, "versions": versions, "code": _code_digest()}
+    told = {"inputs": inputs, "versions": versions, "code": code_digest()}
     text = json.dumps(told, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -68,7 +68,7 @@ def cache_folder(kind: str) -> Path | None:
 
 
 @functools.cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """A digest of memplan's own files: another rule gives another result."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):

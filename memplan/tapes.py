@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memplan import __version__, results, tape
+from memplan import results, tape
 from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
 from memplan.store import profiles_path, write_bytes
@@ -54,9 +54,9 @@ class TapeFile:
             found: Tape = self._tapes[key]
             return found
         if self._lines is None:
-            self._lines = read_lines(shipped_path(self._name)) | read_lines(
-                self._cached_path
-            )
+            self._lines = read_lines(shipped_path(self._name))
+        if key not in self._lines:
+            self._lines = read_lines(self._cached_path) | self._lines
         line = self._lines.get(key)
         made = read(json.loads(line)) if line is not None else self._trace(key, trace)
         self._tapes[key] = made
@@ -166,8 +166,8 @@ def write(path: Path, lines: Mapping[str, str]) -> None:
 
 @functools.cache
 def _versions_digest() -> str:
-    """A digest of the versions that tapes depend on; other versions trace anew."""
-    told = [__version__]
+    """A digest of what tapes depend on: memplan's own files, and its libraries."""
+    told = [results.code_digest()]
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             told.append(metadata.version(package))
