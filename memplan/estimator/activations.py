@@ -50,8 +50,6 @@ class Walk:
         self._recomputing = False
         self._held: dict[int, Any] = {}
         """By hole: the bytes of the input that is kept until its backward."""
-        self._holders: set[int] = set()
-        """Holes that hold their input alone."""
         self._done: set[int] = set()
         """Holes whose backward ran."""
         self.live = live
@@ -104,15 +102,14 @@ class Walk:
         if holders and not passing:
             last = min(holders)
             self._held[last] = self._held.get(last, 0) + size
-            self._holders.add(last)
             return
         self.live = self.live - size
 
     def _back(self, number: int) -> None:
         """A hole's backward, which may release the input that it holds."""
         hole = self._holes[number]
-        held = self._held.pop(number, 0)
-        if number in self._holders:
+        held = self._held.pop(number, None)
+        if held is not None:
             self.stretch(hole.tape.releasing, hole.sizes)
             within = value(hole.tape.backward.net, hole.sizes) - value(
                 hole.tape.releasing.net, hole.sizes

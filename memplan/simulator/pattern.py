@@ -142,11 +142,7 @@ class Pattern:
 
 def find_pattern(architecture: Architecture, recipe: Recipe) -> Pattern | None:
     """How the largest stack repeats; None where the model is to be traced whole."""
-    sizes: dict[str, int] = {}
-    for block in architecture.blocks:
-        size = block.num_parameters * len(block.layers)
-        sizes[block.stack] = sizes.get(block.stack, 0) + size
-    stack = max(sizes, key=sizes.__getitem__)
+    stack = architecture.main_stack
     kinds = layer_kinds(architecture, recipe, stack)
     sections = _sections(kinds)
     pattern = Pattern.of(stack, len(kinds), sections)

@@ -208,12 +208,11 @@ class _Reader:
     ) -> None:
         self._log, self._tracer = kept
         self._passing = passing
-        self._freed = {b for b, size in self._log.events if size == FREE}
         self._at = {mark.kind: (at, mark.block) for at, mark in self._tracer.marks}
 
     def read(self) -> LayerTape:
         begin, x = self._at["F"]
-        end, _ = self._at["f"]
+        end, output = self._at["f"]
         dropped, _ = self._at["dropped"]
         back, grad_y = self._at["B"]
         behind, _ = self._at["b"]
@@ -226,7 +225,6 @@ class _Reader:
         ]
         holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
         passing = self._read_passing()
-        _, output = self._at["f"]
         size = DIMENSIONS.monomial(self._log.sizes[output])
         return LayerTape(
             forward=self._stretch(self._log, begin, end, ()),
@@ -271,5 +269,4 @@ class _Reader:
         return Stretch(net=net, peaks=tuple(largest(candidates)))
 
     def _outlives(self, log: EventLog, block: int) -> bool:
-        word = "".join(DIMENSIONS.monomial(log.sizes[block]))
-        return "N" not in word
+        return all("N" not in word for word in DIMENSIONS.monomial(log.sizes[block]))
