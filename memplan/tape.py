@@ -150,6 +150,8 @@ class ModelTape:
     """Tokens that sliding attention sees, None where there is none."""
     before: Stretch
     """From the batch to the first layer's input."""
+    hidden_dtype: str
+    """The precision of the last hidden states, which the head is given."""
     blocks: tuple[BlockTape, ...]
     """By the kinds of layers of the architecture's stack, in their order."""
     tail: Tape
@@ -210,7 +212,9 @@ class LossRegime:
 
     loss: str
     dtype: str
-    """Of the hidden states and, but for a quantised head, of the head."""
+    """Of the head, but for a quantised one."""
+    hidden_dtype: str
+    """Of the hidden states."""
     autocast: str
     float32_outputs: bool
     """Whether a trainer hands outputs on in float32."""
@@ -224,7 +228,8 @@ class LossRegime:
         """The name under which the tape is kept."""
         flags = ("float32_outputs", "trained", "keeps_output")
         on = [flag for flag in flags if getattr(self, flag)]
-        return " ".join((self.loss, self.dtype, self.autocast, *on))
+        types = (self.dtype, self.hidden_dtype, self.autocast)
+        return " ".join((self.loss, *types, *on))
 
 
 def to_json(value: Any) -> Any:
@@ -249,6 +254,7 @@ def model_tape(data: Mapping[str, Any]) -> ModelTape:
         attention=tuple(Heads(**heads) for heads in data["attention"]),
         window=data["window"],
         before=_stretch(data["before"]),
+        hidden_dtype=data["hidden_dtype"],
         blocks=tuple(_block(block) for block in data["blocks"]),
         tail=_tape(data["tail"]),
         after=_stretch(data["after"]),

@@ -1,7 +1,8 @@
 """Where tapes are kept: the catalog's, the user's cache, or traced when first used.
 
 A file of tapes holds a line for each regime, its key and the tape as JSON, compressed
-as a whole. Tracing needs torch; what is traced is kept in the user's cache.
+as a whole; their tracks lie beside them in files of their own. Tracing needs torch;
+what is traced is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from memplan import results, tape
+from memplan import results, tape, track
 from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
 from memplan.store import profiles_path, write_bytes
@@ -28,18 +29,26 @@ from memplan.tape import (
     ModelTape,
     Regime,
 )
+from memplan.track import LayerTrack, LossTrack, ModelTrack
 
-Tape = TypeVar("Tape", ModelTape, LossTape, LayerTape)
+Tape = TypeVar(
+    "Tape", ModelTape, LossTape, LayerTape, ModelTrack, LossTrack, LayerTrack
+)
+
+Kind = Literal["tapes", "tracks"]
+
+KINDS: tuple[Kind, ...] = ("tapes", "tracks")
 
 LAYERS = "layers"
 """The file of the tapes of linear layers, which belong to no model."""
 
 
 class TapeFile:
-    """The tapes of a model, or of linear layers, by their keys."""
+    """The tapes of a model, or of linear layers, by their keys; or their tracks."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kind: Kind) -> None:
         self._name = name
+        self._kind = kind
         self._lines: dict[str, str] | None = None
         self._tapes: dict[str, Any] = {}
 
@@ -54,7 +63,7 @@ class TapeFile:
             found: Tape = self._tapes[key]
             return found
         if self._lines is None:
-            self._lines = read_lines(shipped_path(self._name))
+            self._lines = read_lines(shipped_path(self._name, self._kind))
         if key not in self._lines:
             self._lines = read_lines(self._cached_path) | self._lines
         line = self._lines.get(key)
@@ -74,7 +83,7 @@ class TapeFile:
         folder = results.cache_folder("tapes")
         if folder is None:
             return None
-        return folder / f"{self._name}-{_versions_digest()}.tapes.gz"
+        return folder / f"{self._name}-{_versions_digest()}.{self._kind}.gz"
 
     def _trace(self, key: str, trace: Callable[[], Tape]) -> Tape:
         made = trace()
@@ -116,14 +125,44 @@ def layer_tape(regime: LayerRegime) -> LayerTape:
     return layers_file().find(regime.key, tape.layer_tape, trace)
 
 
-def layers_file() -> TapeFile:
-    """The tapes of linear layers."""
-    return _file(LAYERS)
+def model_track(architecture: Architecture, regime: Regime) -> ModelTrack:
+    """The track of a model's body; likewise."""
+
+    def trace() -> ModelTrack:
+        made: ModelTrack = _taping(architecture).track_model(architecture, regime)
+        return made
+
+    return file_of(architecture, "tracks").find(regime.key, track.model_track, trace)
 
 
-def file_of(architecture: Architecture) -> TapeFile:
-    """The tapes of a model, which depend on its configuration alone."""
-    return _file(name_of(architecture))
+def loss_track(architecture: Architecture, regime: LossRegime) -> LossTrack:
+    """The track of a model's head and loss; likewise."""
+
+    def trace() -> LossTrack:
+        made: LossTrack = _taping(architecture).track_loss(architecture, regime)
+        return made
+
+    return file_of(architecture, "tracks").find(regime.key, track.loss_track, trace)
+
+
+def layer_track(regime: LayerRegime) -> LayerTrack:
+    """The track of a linear layer; likewise."""
+
+    def trace() -> LayerTrack:
+        made: LayerTrack = _taping(None).track_layer(regime)
+        return made
+
+    return layers_file("tracks").find(regime.key, track.layer_track, trace)
+
+
+def layers_file(kind: Kind = "tapes") -> TapeFile:
+    """The tapes of linear layers, or their tracks."""
+    return _file(LAYERS, kind)
+
+
+def file_of(architecture: Architecture, kind: Kind = "tapes") -> TapeFile:
+    """The tapes of a model, which depend on its configuration alone, or tracks."""
+    return _file(name_of(architecture), kind)
 
 
 def name_of(architecture: Architecture) -> str:
@@ -148,14 +187,16 @@ def _digest(architecture: Architecture) -> str:
     return f"{architecture.model_type}-{digest}"
 
 
-def shipped_path(name: str) -> Path:
-    """The file of the catalog in which the tapes of that name would be."""
-    return profiles_path() / "tapes" / f"{name}.tapes.gz"
+def shipped_path(name: str, kind: Kind = "tapes") -> Path:
+    """The file of the catalog in which the tapes of that name would be, or tracks."""
+    return profiles_path() / "tapes" / f"{name}.{kind}.gz"
 
 
-def text(made: ModelTape | LossTape | LayerTape) -> str:
-    """A tape as its line holds it."""
-    return json.dumps(tape.to_json(made), separators=(",", ":"))
+def text(made: Any) -> str:
+    """A tape or a track as its line holds it."""
+    of_tape = isinstance(made, ModelTape | LossTape | LayerTape)
+    told = tape.to_json(made) if of_tape else track.to_json(made)
+    return json.dumps(told, separators=(",", ":"))
 
 
 def write(path: Path, lines: Mapping[str, str]) -> None:
@@ -177,9 +218,9 @@ def _versions_digest() -> str:
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
-@functools.lru_cache(maxsize=512)
-def _file(name: str) -> TapeFile:
-    return TapeFile(name)
+@functools.lru_cache(maxsize=1024)
+def _file(name: str, kind: Kind) -> TapeFile:
+    return TapeFile(name, kind)
 
 
 def read_lines(path: Path | None) -> dict[str, str]:

@@ -53,3 +53,22 @@ def embedding_bytes(architecture: Architecture, recipe: Recipe) -> int:
 def is_tied(architecture: Architecture) -> bool:
     """Whether the head is the input embedding."""
     return not any(linear.kind == "head" for linear in architecture.linears)
+
+
+def is_transposed(recipe: Recipe) -> bool:
+    """Whether the gradient of the head's weight is a transposed view.
+
+    The plain product's is (`mm(grad^T, hidden)^T`), and another gradient is not added
+    to it in place; a loss that works on parts makes a tensor of its own.
+    """
+    return recipe.loss == "full"
+
+
+def embedding_copies(architecture: Architecture, recipe: Recipe) -> int:
+    """How many gradients of the embedding are there at once besides the kept one.
+
+    A tied head's waits for the embedding's own, and their sum may be a third; where
+    gradients accumulate, the step's is added to the kept one.
+    """
+    tied = is_tied(architecture)
+    return (recipe.accumulation > 1) + tied * (1 + is_transposed(recipe))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from memplan.estimator.polynomials import larger
+from memplan.estimator.programs import LossBlocks
 from memplan.tape import LossTape
+from memplan.track import LossTrack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +43,39 @@ def _at(knots: tuple[int, ...], values: tuple[int, ...], tokens: Any) -> Any:
         total = total + (next_slope - slope) * larger(tokens - knots[index], 0)
         slope = next_slope
     return total
+
+
+def loss_blocks(track: LossTrack, tape: LossTape, tokens: int) -> LossBlocks:
+    """The blocks at `tokens`, by the track's number of tokens next above.
+
+    Where the one below has the same events, sizes lie on the line between the two.
+    Else the loss works on parts: a block that both have is as long as a part, any
+    other as long as the tokens are.
+    """
+    above = next(
+        (n for n, knot in enumerate(track.tokens) if knot >= tokens and n),
+        len(track.tokens) - 1,
+    )
+    below = above - 1
+    low, high = track.tokens[below], track.tokens[above]
+    same = track.forward[below] == track.forward[above] and (
+        track.backward[below] == track.backward[above]
+    )
+    if same:
+        share = (tokens - low) / (high - low)
+        pairs = zip(track.sizes[below], track.sizes[above], strict=True)
+        sizes = tuple(round(one + share * (other - one)) for one, other in pairs)
+    else:
+        parts = set(track.sizes[below])
+        sizes = tuple(
+            size if size in parts else round(size * tokens / high)
+            for size in track.sizes[above]
+        )
+    return LossBlocks(
+        sizes=sizes,
+        lasting=tuple(track.lasting[above]),
+        input_gradient=track.input_gradient[above],
+        forward=track.forward[above],
+        backward=track.backward[above],
+        holds_input=tape.holds_input,
+    )

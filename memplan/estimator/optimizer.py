@@ -6,7 +6,7 @@ import math
 
 from memplan import methods, optimizers
 from memplan.estimator.polynomials import rounded
-from memplan.estimator.trained import Trained
+from memplan.estimator.trained import Trained, in_order
 from memplan.recipe import Recipe
 
 CHUNK = 65536
@@ -41,13 +41,19 @@ def paged_bytes(trained: Trained, recipe: Recipe) -> int:
     return sum(t.count * optimizer.paged_bytes(t.shape) for t in trained.with_gradient)
 
 
+def step_blocks(trained: Trained, recipe: Recipe) -> list[int]:
+    """Blocks that a step holds at once besides state and gradients."""
+    tensors = in_order(trained)
+    if not tensors:
+        return []
+    sizes = [tensor.bytes_each for tensor in tensors]
+    optimizer = optimizers.find(recipe.optimizer)
+    return list(optimizer.step_blocks(sizes, tensors[0].item))
+
+
 def step_bytes(trained: Trained, recipe: Recipe) -> int:
     """What a step holds at once besides state and gradients."""
-    tensors = trained.with_gradient
-    if not tensors:
-        return 0
-    sizes = [size for t in tensors for size in t.count * (t.bytes_each,)]
-    return optimizers.find(recipe.optimizer).step_bytes(sizes, tensors[0].item)
+    return sum(map(rounded, step_blocks(trained, recipe)))
 
 
 def clip_bytes(trained: Trained) -> int:

@@ -131,15 +131,21 @@ def _shapes(recipe: Recipe, heads: Heads, *, masked: bool) -> kernels.Shapes:
     )
 
 
-def loss_regime(recipe: Recipe) -> LossRegime:
-    """The regime of head and loss."""
+def is_head_trained(recipe: Recipe) -> bool:
+    """Whether the head's weight gets a gradient."""
+    return recipe.method == "full" or "lm_head" in recipe.trained_modules
+
+
+def loss_regime(recipe: Recipe, hidden_dtype: str) -> LossRegime:
+    """The regime of head and loss on hidden states of that precision."""
     dtype, same = dtype_outside(recipe), _same_sizes(recipe)
     return LossRegime(
         loss=recipe.loss,
         dtype=same.get(dtype, dtype),
+        hidden_dtype=same.get(hidden_dtype, hidden_dtype),
         autocast=same.get(recipe.autocast, recipe.autocast),
         float32_outputs=recipe.trainer != "plain" and recipe.autocast != "none",
-        trained=recipe.method == "full" or "lm_head" in recipe.trained_modules,
+        trained=is_head_trained(recipe),
         keeps_output=recipe.keep_outputs != "none",
     )
 

@@ -20,6 +20,7 @@ from memplan.estimator.activations import Hole, LayerBytes, layer_bytes
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.gradients import (
     embedding_bytes,
+    embedding_copies,
     embedding_scratch_bytes,
     gradient_bytes,
     is_tied,
@@ -36,6 +37,7 @@ from memplan.estimator.optimizer import (
 from memplan.estimator.polynomials import Sizes, larger, value
 from memplan.estimator.regimes import (
     first_regime,
+    is_head_trained,
     layer_regime,
     loss_regime,
     model_regime,
@@ -72,6 +74,9 @@ class GroupPart:
     group: Group
     count: int
     checkpointed: bool
+    regime: Regime
+    kind: int
+    """The number of the layers' kind in the regime's tape."""
     tape: BlockTape
     linears: tuple[LinearPart, ...]
 
@@ -84,6 +89,7 @@ class Parts:
     recipe: Recipe
     gpu: Gpu
     layout: Layout
+    regime: Regime
     tape: ModelTape
     loss: LossTape
     groups: tuple[GroupPart, ...]
@@ -116,21 +122,14 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
         recipe=recipe,
         gpu=gpu,
         layout=layout,
+        regime=regime,
         tape=tape,
-        loss=tapes.loss_tape(architecture, loss_regime(recipe)),
+        loss=tapes.loss_tape(architecture, loss_regime(recipe, tape.hidden_dtype)),
         groups=tuple(
-            _group(
-                group,
-                count,
-                each.blocks[kinds.index(group.block)],
-                recipe,
-                checkpointed=checkpointed,
-            )
+            _group(group, count, kinds.index(group.block), each, architecture, recipe)
             for group in layout.groups
             if group.block.stack == stack
-            for count, checkpointed, each in _by_checkpoint(
-                architecture, regime, group, recipe
-            )
+            for count, each in _by_checkpoint(regime, group, recipe)
             if count
         ),
         trained=tensors,
@@ -145,25 +144,30 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
 
 
 def _by_checkpoint(
-    architecture: Architecture, regime: Regime, group: Group, recipe: Recipe
-) -> Iterator[tuple[int, bool, ModelTape]]:
-    """How many layers of a group are checkpointed, how many not, with their tapes.
+    regime: Regime, group: Group, recipe: Recipe
+) -> Iterator[tuple[int, Regime]]:
+    """How many layers of a group are checkpointed, how many not, with their regimes.
 
     transformers checkpoints every n-th layer, the first included.
     """
     every = recipe.every_n_layers if recipe.checkpointing == "full" else 1
     if every == 1:
-        yield group.count, regime.checkpointed, tapes.model_tape(architecture, regime)
+        yield group.count, regime
         return
     count = sum(layer % every == 0 for layer in group.layers)
-    yield count, True, tapes.model_tape(architecture, regime)
-    other = dataclasses.replace(regime, checkpointed=False)
-    yield group.count - count, False, tapes.model_tape(architecture, other)
+    yield count, regime
+    yield group.count - count, dataclasses.replace(regime, checkpointed=False)
 
 
-def _group(
-    group: Group, count: int, tape: BlockTape, recipe: Recipe, *, checkpointed: bool
+def _group(  # noqa: PLR0913 - each says what the layers are
+    group: Group,
+    count: int,
+    kind: int,
+    regime: Regime,
+    architecture: Architecture,
+    recipe: Recipe,
 ) -> GroupPart:
+    tape = tapes.model_tape(architecture, regime).blocks[kind]
     roles = {role.linear.path: role for role in group.roles}
     linears = []
     for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
@@ -180,7 +184,9 @@ def _group(
     return GroupPart(
         group=group,
         count=count,
-        checkpointed=checkpointed,
+        checkpointed=regime.checkpointed,
+        regime=regime,
+        kind=kind,
         tape=tape,
         linears=tuple(linears),
     )
@@ -327,10 +333,11 @@ class _Stepper:
         for part, layer in self._layers:
             own = sum(linear.gradient_bytes for linear in part.linears)
             pile = self._kept - self._cached - (layer.kept - layer.cached)
-            top = parts.gradients if self._accumulates else self._head_gradients()
+            top = self._head_gradients()
             bottom = parts.gradients - own - (0 if self._is_tied else embedding)
             if self._accumulates:
-                bottom = parts.gradients
+                # A tied head's waits for the embedding's.
+                top = bottom = parts.gradients + (top if self._is_tied else 0)
             yield Candidate(
                 activations=rest + pile + layer.backward_peak, gradients=top
             )
@@ -340,8 +347,7 @@ class _Stepper:
             )
         if full:
             scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
-            # The head's part is a transposed view, so that the sum is a third tensor.
-            again = 2 * self._is_tied + self._accumulates
+            again = embedding_copies(parts.architecture, parts.recipe)
             yield Candidate(
                 activations=rest + self._stuck + scratch + again * embedding,
                 gradients=parts.gradients,
@@ -357,7 +363,7 @@ class _Stepper:
         return is_tied(self._parts.architecture)
 
     def _head_gradients(self) -> int:
-        if not loss_regime(self._parts.recipe).trained:
+        if not is_head_trained(self._parts.recipe):
             return 0
         architecture = self._parts.architecture
         numbers = architecture.vocab_size * architecture.hidden_size

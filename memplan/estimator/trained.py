@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Tensors:
     """Bytes of a number."""
     has_gradient: bool = True
     """Whether the step reaches them: it passes by a vision tower."""
+    place: int = 0
+    """-1 before the layers, 1 behind them, 0 in each of `count` layers."""
 
     @property
     def bytes_each(self) -> int:
@@ -58,6 +61,18 @@ def trained(
     return Trained(tensors=(*adapters, *_modules(architecture, recipe)))
 
 
+def in_order(trained: Trained) -> list[Tensors]:
+    """Every tensor with a gradient, as often as it is there, layer by layer."""
+    tensors = trained.with_gradient
+    turns = max((t.count for t in tensors if t.place == 0), default=0)
+    before = [t for t in tensors if t.place < 0 for _ in range(t.count)]
+    within = [
+        t for turn in range(turns) for t in tensors if t.place == 0 and turn < t.count
+    ]
+    behind = [t for t in tensors if t.place > 0 for _ in range(t.count)]
+    return [*before, *within, *behind]
+
+
 def shapes_of(role: Role, recipe: Recipe) -> tuple[Shape, ...]:
     """Shapes of what is trained of a linear layer, or beside it."""
     linear = role.linear
@@ -81,7 +96,7 @@ def _adapters(layout: Layout, recipe: Recipe, stack: str) -> Iterator[Tensors]:
                 )
     for role in layout.outside:
         for shape in shapes_of(role, recipe):
-            yield Tensors(shape=shape, count=1, item=item)
+            yield Tensors(shape=shape, count=1, item=item, place=1)
 
 
 def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
@@ -120,9 +135,12 @@ def _all(
                 has_gradient=reached,
             )
     for role in layout.outside:
-        yield from _whole(role, 1, item, reached=role.linear.kind == "head")
+        reached = role.linear.kind == "head"
+        for tensors in _whole(role, 1, item, reached=reached):
+            yield dataclasses.replace(tensors, place=1)
     for parameter in architecture.parameters:
-        yield Tensors(shape=parameter.shape, count=1, item=item)
+        place = -1 if parameter.kind == "embedding" else 1
+        yield Tensors(shape=parameter.shape, count=1, item=item, place=place)
 
 
 def _whole(role: Role, count: int, item: int, *, reached: bool) -> Iterator[Tensors]:

@@ -35,12 +35,12 @@ class Optimizer(ABC):
         """Bytes of each tensor of a parameter's state that came from a checkpoint."""
         return self.state_bytes(shape, dtype_bytes)
 
-    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
-        """Bytes of what a step makes and drops again, where most of it is live.
+    def step_blocks(self, sizes: Sequence[int], dtype_bytes: int) -> Sequence[int]:
+        """Bytes of each block a step makes and drops again, where most are live.
 
         `sizes` are the bytes of the parameters. None where one kernel does it all.
         """
-        return 0
+        return ()
 
     @abstractmethod
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -31,13 +31,13 @@ class Adafactor(Optimizer):
         columns = math.prod(shape[:-2]) * shape[-1]
         return RMS_BYTES, 4 * rows, 4 * columns
 
-    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+    def step_blocks(self, sizes: Sequence[int], dtype_bytes: int) -> Sequence[int]:
         """The squared gradient and its sum with eps, in float32.
 
         Half-precision parameters and gradients have copies in float32 besides.
         """
         largest = 4 * max(sizes, default=0) // dtype_bytes
-        return (2 if dtype_bytes == 4 else 4) * largest
+        return (2 if dtype_bytes == 4 else 4) * (largest,)
 
     def build(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor as Real

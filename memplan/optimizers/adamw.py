@@ -18,9 +18,9 @@ class AdamwForeach(Adamw):
     summary: ClassVar[str] = "torch's AdamW, its default on CUDA (foreach)"
     flags: ClassVar[dict[str, Any]] = {"foreach": True}
 
-    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+    def step_blocks(self, sizes: Sequence[int], dtype_bytes: int) -> Sequence[int]:
         """The square roots of all second moments at once."""
-        return sum(sizes)
+        return sizes
 
 
 PART = AdamwForeach()

@@ -14,9 +14,9 @@ class AdamwLoop(Adamw):
     summary: ClassVar[str] = "torch's AdamW, one parameter after the other"
     flags: ClassVar[dict[str, Any]] = {"foreach": False}
 
-    def step_bytes(self, sizes: Sequence[int], dtype_bytes: int) -> int:
+    def step_blocks(self, sizes: Sequence[int], dtype_bytes: int) -> Sequence[int]:
         """A square root, and its quotient (`_single_tensor_adam`)."""
-        return 2 * max(sizes, default=0)
+        return 2 * (max(sizes, default=0),)
 
 
 PART = AdamwLoop()

@@ -22,12 +22,16 @@ from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator.regimes import first_regime
+from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
 from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 
-CARDS = ("RTX 3060", "H100 80GB HBM3")
-"""Flash attention, and cuDNN's."""
+CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
+"""Flash attention, cuDNN's, and the memory-efficient one."""
+
+FEW = "Tesla T4"
+"""The card of which only the most usual recipes are traced."""
 
 LAYER_MODELS = (
     "meta-llama/Llama-2-7b-hf",
@@ -45,10 +49,9 @@ def recipes() -> Iterator[dict[str, Any]]:
     both = ("none", "full")
     for checkpointing in both:
         base: dict[str, Any] = {"checkpointing": checkpointing}
-        for quantization, attention in itertools.product(
-            ("none", "nf4-double", "int8"), ("auto", "eager")
-        ):
-            yield base | {"quantization": quantization, "attention": attention}
+        for quantization in ("none", "nf4-double", "int8"):
+            yield base | {"quantization": quantization}
+            yield base | {"quantization": quantization, "attention": "eager"}
         for trainer, quantization in itertools.product(
             ("transformers", "trl"), ("none", "nf4-double")
         ):
@@ -97,10 +100,15 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
+        if card.name == FEW and not keys.keys() <= {"checkpointing", "quantization"}:
+            continue
         with contextlib.suppress(InputError):
-            parts_of(architecture, Recipe(**keys, sequence_length=length), card)
-    path = tapes.shipped_path(tapes.name_of(architecture))
-    tapes.write(path, tapes.file_of(architecture).lines)
+            recipe = Recipe(**keys, sequence_length=length)
+            tracks_of(parts_of(architecture, recipe, card))
+    name = tapes.name_of(architecture)
+    for kind in tapes.KINDS:
+        lines = tapes.file_of(architecture, kind).lines
+        tapes.write(tapes.shipped_path(name, kind), lines)
     return True
 
 
@@ -110,8 +118,10 @@ def make_layers() -> None:
     for name, keys in itertools.product(LAYER_MODELS, (*recipes(), *layer_recipes())):
         architecture = inspect(name)
         with contextlib.suppress(InputError):
-            parts_of(architecture, Recipe(**keys), card)
-    tapes.write(tapes.shipped_path(tapes.LAYERS), tapes.layers_file().lines)
+            reserved(parts_of(architecture, Recipe(**keys), card), 1, 512, None)
+    for kind in tapes.KINDS:
+        path = tapes.shipped_path(tapes.LAYERS, kind)
+        tapes.write(path, tapes.layers_file(kind).lines)
 
 
 if __name__ == "__main__":

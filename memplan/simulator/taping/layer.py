@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +27,9 @@ from memplan.simulator.taping.polynomials import (
     add,
     largest,
 )
+from memplan.simulator.taping.tracks import Span
 from memplan.tape import LayerRegime, LayerTape, Polynomial, Stretch
+from memplan.track import LayerTrack
 from memplan.training import model as training_model
 from memplan.training.step import autocast
 
@@ -50,6 +54,10 @@ DIMENSIONS = Dimensions(
 )
 
 
+NO_BLOCK = -10
+"""No block's number."""
+
+
 class Single(nn.Module):
     """A model of one linear layer, as PEFT can adapt it."""
 
@@ -68,7 +76,18 @@ class Single(nn.Module):
 
 def trace_layer(regime: LayerRegime) -> LayerTape:
     """The tape of a linear layer in a regime."""
-    return _Reader(_run(regime, keeps=True), _run(regime, keeps=False)).read()
+    return _reader(regime).read()
+
+
+def track_layer(regime: LayerRegime) -> LayerTrack:
+    """The track of a linear layer in a regime."""
+    return _reader(regime).track()
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(regime: LayerRegime) -> _Reader:
+    """The runs of which tape and track are read."""
+    return _Reader(_run(regime, keeps=True), _run(regime, keeps=False))
 
 
 def _recipe(regime: LayerRegime) -> Recipe:
@@ -91,8 +110,13 @@ def _recipe(regime: LayerRegime) -> Recipe:
     )
 
 
-def build_layer(regime: LayerRegime) -> nn.Module:
-    """The model of one layer, quantised and adapted."""
+def build_layer(
+    regime: LayerRegime, loaded: Callable[[nn.Module], None] = lambda model: None
+) -> nn.Module:
+    """The model of one layer, quantised and adapted.
+
+    `loaded` is told of it before it is adapted.
+    """
     recipe = _recipe(regime)
     dtype = getattr(torch, regime.dtype)
     linear: nn.Module = nn.Linear(
@@ -106,6 +130,7 @@ def build_layer(regime: LayerRegime) -> nn.Module:
         setattr(model, scheme.loading_flag, True)
         model.is_quantized = True  # type: ignore[assignment]
     model.requires_grad_(False)
+    loaded(model)
     if regime.method == "frozen":
         return model.train()
     if regime.method == "full":
@@ -124,9 +149,18 @@ def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
         Reroute(tracer, recipe).installed(),
         tracer,
     ):
-        model = build_layer(regime)
-        for tensor in (*model.parameters(), *model.buffers()):
-            tracer.ignore(tensor)
+
+        def ignore(model: nn.Module) -> None:
+            for tensor in (*model.parameters(), *model.buffers()):
+                tracer.ignore(tensor)
+
+        def loaded(model: nn.Module) -> None:
+            ignore(model)
+            tracer.mark("loaded", 0, None)
+
+        model = build_layer(regime, loaded)
+        tracer.mark("adapted", 0, None)
+        ignore(model)
         log.begin("1.forward")
         dtype = getattr(torch, regime.input_dtype)
         single = next(m for m in model.modules() if isinstance(m, Single))
@@ -200,6 +234,14 @@ class _Sink(torch.autograd.Function):
         return grad_y, None
 
 
+def _sizes(log: EventLog, span: Span) -> tuple[Polynomial, ...]:
+    """Sizes of a span's blocks; cuBLAS' workspaces, counted otherwise, have none."""
+    return tuple(
+        {} if span.is_workspace(block) else DIMENSIONS.monomial(log.sizes[block])
+        for block in span.blocks
+    )
+
+
 class _Reader:
     """Reads the stretches of a layer off its two runs."""
 
@@ -235,6 +277,37 @@ class _Reader:
             backward=self._stretch(self._log, back, behind, (x, grad_y)),
             holds_input=holds,
             kept=tuple(DIMENSIONS.monomial(self._log.sizes[block]) for block in kept),
+        )
+
+    def track(self) -> LayerTrack:
+        """Every block, in order."""
+        begin, x = self._at["F"]
+        end, output = self._at["f"]
+        back, grad_y = self._at["B"]
+        behind, grad_x = self._at["b"]
+        span = Span(self._tracer, x)
+        forward = span.write(begin, end)
+        backward = span.write(back, behind, (grad_y,))
+        rest = span.write(behind, len(self._log.events), (x, grad_y, grad_x))
+        adapting = Span(self._tracer, NO_BLOCK)
+        adapt = adapting.write(self._at["loaded"][0], self._at["adapted"][0])
+        log, tracer = self._passing
+        places = {mark.kind: (place, mark.block) for place, mark in tracer.marks}
+        first, last = places["F"], places["f"]
+        passing = Span(tracer, first[1])
+        passed = passing.write(first[0], last[0])
+        return LayerTrack(
+            lasting=tuple(n for n in span.lasting if span.blocks[n] not in (output, x)),
+            output=span.number(output),
+            input_gradient=span.number(grad_x),
+            forward=forward,
+            backward=(*backward, *rest),
+            passing_output=passing.number(last[1]),
+            passing=passed,
+            sizes=_sizes(self._log, span),
+            passing_sizes=_sizes(log, passing),
+            adapt=adapt,
+            adapt_sizes=_sizes(self._log, adapting),
         )
 
     def _sticks(self) -> bool:

@@ -16,21 +16,22 @@ from memplan.simulator.events import FREE, EventLog
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.taping.holes import TapeTracer
 from memplan.simulator.taping.model import CARD, body_of
+from memplan.simulator.taping.tracks import Span
 from memplan.tape import LossRegime, LossTape
+from memplan.track import LossTrack
 from memplan.training import model as training_model
 from memplan.training.few_layers import KeptLayers, build_few
 from memplan.training.loss import read_loss, run_forward
 from memplan.training.step import autocast
 
-TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Tokens between which losses are nearly straight: they work on tiles of 256 or 4096,
 on parts of a sequence, or on all tokens; a gradient's own size may be the larger."""
 
 
 def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
     """The tape of a model's head and loss."""
-    model = _build(architecture, regime)
-    readings = [_Reading(*_run(architecture, model, regime, n)) for n in TOKENS]
+    readings = _readings(architecture, regime)
     return LossTape(
         tokens=TOKENS,
         kept=tuple(reading.kept for reading in readings),
@@ -40,6 +41,37 @@ def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
         logits=tuple(reading.logits for reading in readings),
         holds_input=readings[0].holds_input,
     )
+
+
+def track_loss(architecture: Architecture, regime: LossRegime) -> LossTrack:
+    """The track of a model's head and loss."""
+    tracks = [reading.track() for reading in _readings(architecture, regime)]
+    sizes, lasting, input_gradient, forward, backward = zip(*tracks, strict=True)
+    return LossTrack(
+        tokens=TOKENS,
+        sizes=sizes,
+        lasting=lasting,
+        input_gradient=input_gradient,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def _readings(architecture: Architecture, regime: LossRegime) -> list[_Reading]:
+    """What a run at each number of tokens says."""
+    key = (id(architecture), regime.key)
+    if key not in _LAST:
+        model = _build(architecture, regime)
+        _LAST.clear()
+        _LAST[key] = (
+            architecture,
+            [_Reading(*_run(architecture, model, regime, n)) for n in TOKENS],
+        )
+    return _LAST[key][1]
+
+
+_LAST: dict[tuple[int, str], tuple[Architecture, list[_Reading]]] = {}
+"""The last readings: tape and track are made of the same."""
 
 
 def _build(architecture: Architecture, regime: LossRegime) -> nn.Module:
@@ -73,7 +105,7 @@ def _run(
     tracer.vocab_size = architecture.vocab_size
     device = torch.device("meta")
     shape = (1, tokens, model.get_output_embeddings().weight.shape[-1])
-    dtype = getattr(torch, regime.dtype)
+    dtype = getattr(torch, regime.hidden_dtype)
 
     def body(self: Any, *args: Any, **kwargs: Any) -> _Body:
         hidden = _Hidden.apply(tracer.token, shape, dtype, tracer)  # type: ignore[no-untyped-call]
@@ -153,11 +185,13 @@ class _Reading:
 
     def __init__(self, log: EventLog, tracer: TapeTracer) -> None:
         self._log = log
+        self._tracer = tracer
         places = {mark.kind: (at, mark.block) for at, mark in tracer.marks}
         begin, self._hidden = places["F"]
         forward, _ = places["f"]
         behind, self._gradient = places["b"]
         end, _ = places["end"]
+        self._places = (begin, forward, end)
         freed = {block for block, size in log.events if size == FREE}
         self._passing = freed
         events = log.events
@@ -169,6 +203,23 @@ class _Reading:
         whole = [event for event in events[forward:end] if event[0] >= 0]
         (self.left, _), _ = self._walk(whole, self.kept, logits)
         self.logits = max(self.forward_peak, self.backward_peak)[1]
+
+    def track(self) -> tuple[Any, ...]:
+        """Sizes, lasting blocks, the gradient's number, and events both ways.
+
+        The gradient is the body's to release.
+        """
+        begin, forward, end = self._places
+        span = Span(self._tracer, self._hidden)
+        ahead = span.write(begin, forward)
+        back = span.write(forward, end)
+        gradient = span.number(self._gradient)
+        back = tuple(event for event in back if event != -1 - gradient)
+        log = self._log
+        sizes = tuple(
+            0 if span.is_workspace(block) else log.sizes[block] for block in span.blocks
+        )
+        return sizes, span.lasting, gradient, ahead, back
 
     def _walk(
         self, events: list[tuple[int, int]], live: int, logits: int

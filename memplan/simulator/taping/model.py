@@ -30,6 +30,7 @@ from memplan.simulator.taping.polynomials import (
     largest,
     sizes_in_batch,
 )
+from memplan.simulator.taping.tracks import Event, ModelTracks
 from memplan.tape import (
     LOSS,
     BlockTape,
@@ -41,6 +42,7 @@ from memplan.tape import (
     Stretch,
     Tape,
 )
+from memplan.track import ModelTrack
 from memplan.training import model as training_model
 from memplan.training.attention import repeated_heads
 from memplan.training.batch import make_batch
@@ -88,6 +90,31 @@ class _Run:
 
 def trace_model(architecture: Architecture, regime: Regime) -> ModelTape:
     """The tape of a model in a regime."""
+    parser, read = _parser(architecture, regime)
+    return parser.parse(read)
+
+
+def track_model(architecture: Architecture, regime: Regime) -> ModelTrack:
+    """The track of a model in a regime."""
+    parser, read = _parser(architecture, regime)
+    return parser.track(read)
+
+
+def _parser(architecture: Architecture, regime: Regime) -> tuple[_Parser, list[int]]:
+    """The step taken apart, and the positions of the layers to read."""
+    key = (id(architecture), regime.key)
+    if key not in _LAST:
+        _LAST.clear()
+        _LAST[key] = (architecture, *_parse(architecture, regime))
+    _, parser, read = _LAST[key]
+    return parser, read
+
+
+_LAST: dict[tuple[int, str], tuple[Architecture, _Parser, list[int]]] = {}
+"""The last step that was traced: tape and track are read off one and the same."""
+
+
+def _parse(architecture: Architecture, regime: Regime) -> tuple[_Parser, list[int]]:
     stack = architecture.main_stack
     blocks = [block for block in architecture.blocks if block.stack == stack]
     kept = _kept_layers(blocks)
@@ -97,7 +124,7 @@ def trace_model(architecture: Architecture, regime: Regime) -> ModelTape:
         second = _run(architecture, regime, stack, kept, LENGTHS[1]).log.sizes
     run.sizes = sizes_in_batch(run.log.sizes, second)
     read = [_layer_to_read(block, kept) for block in blocks]
-    return _Parser(run, len(kept)).parse(read)
+    return _Parser(run, len(kept)), read
 
 
 def _kept_layers(blocks: list[Block]) -> list[int]:
@@ -139,6 +166,8 @@ def _run(
             repeated_heads(regime.attention),
             tracer,
         ):
+            for tensor in (*model.parameters(), *model.buffers()):
+                tracer.ignore(tensor)
             tracer.name_modules(model)
             _step(model, recipe, architecture.vocab_size, tracer)
     return _Run(
@@ -304,7 +333,7 @@ def _heads(calls: list[kernels.Shapes]) -> tuple[Heads, ...]:
     return tuple(dict.fromkeys(heads))
 
 
-Event = tuple[int, int] | HoleMark
+_EMBEDDING = "embedding_dense_backward"
 
 
 class _Parser:
@@ -317,25 +346,44 @@ class _Parser:
             block for block, size in run.log.events if size == FREE and block >= 0
         }
         self._size = run.sizes
-        self._forward: dict[int, list[Event]] = {}
-        self._backward: dict[int, list[Event]] = {}
+        forward, backward = self._moments()
+        self._before, self._forward, self._tail = self._split(
+            forward, range(num_layers)
+        )
+        self._loss, self._backward, self._after = self._split(
+            backward, range(num_layers - 1, -1, -1)
+        )
 
     def parse(self, layers: list[int]) -> ModelTape:
         """The tape, its blocks those of the layers at those positions."""
-        forward, backward = self._moments()
-        before, spans, tail = self._split(forward, range(self._num_layers))
-        loss, spans_back, after = self._split(
-            backward, range(self._num_layers - 1, -1, -1)
-        )
-        self._forward, self._backward = spans, spans_back
         return ModelTape(
             attention=_heads(self._run.calls),
             window=self._run.window,
-            before=self._stretch(before),
+            before=self._stretch(self._before),
+            hidden_dtype=self._run.input_dtypes[LOSS],
             blocks=tuple(self._block(layer) for layer in layers),
-            tail=self._tape([*tail, *loss]),
-            after=self._stretch(after),
+            tail=self._tape([*self._tail, *self._loss]),
+            after=self._stretch(self._after),
         )
+
+    def track(self, layers: list[int]) -> ModelTrack:
+        """The track, its blocks those of the layers at those positions."""
+        last = self._num_layers
+        log = self._run.log
+        tracks = ModelTracks(
+            self._size,
+            {-1: self._before, **self._forward, last: self._tail},
+            {last: self._loss, **self._backward, -1: self._after},
+            self._run.numbers,
+            (
+                block
+                for block, operator in enumerate(log.operators)
+                if _EMBEDDING in operator
+                or (log.categories[block] == "workspace" and block not in self._freed)
+            ),
+        )
+        blocks = tuple(tracks.block(layer) for layer in layers)
+        return tracks.model(blocks, last)
 
     def _moments(self) -> tuple[list[Event], list[Event]]:
         """The events of forward and backward, with the marks of holes in between."""
@@ -433,7 +481,7 @@ class _Parser:
         the smaller of tokens and vocabulary.
         """
         operator = self._run.log.operators[block]
-        return block not in self._freed or "embedding_dense_backward" in operator
+        return block not in self._freed or _EMBEDDING in operator
 
     def size(self, block: int) -> Polynomial:
         return self._size[block]

@@ -1,0 +1,551 @@
+"""What the allocator reserves: the estimate's blocks replayed through its rules.
+
+Load, adaptation and two steps are walked block by block, as their tracks list them. The
+blocks of every layer are there, since fragments that one layer leaves are what the next
+one finds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memplan import methods, optimizers, quantizations, tapes
+from memplan.allocator import (
+    SMALL_LIMIT_BYTES,
+    SMALL_SEGMENT_BYTES,
+    AllocatorSettings,
+    CachingAllocator,
+    OutOfMemory,
+)
+from memplan.architecture import Linear
+from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.estimator.gradients import (
+    embedding_scratch_bytes,
+    is_tied,
+    is_transposed,
+)
+from memplan.estimator.layout import Role
+from memplan.estimator.logits import loss_blocks
+from memplan.estimator.optimizer import step_blocks
+from memplan.estimator.polynomials import Sizes, rounded
+from memplan.estimator.programs import (
+    CACHE,
+    GIVE,
+    GIVE_FOREIGN,
+    GRADIENT,
+    STICK,
+    TAKE,
+    Filling,
+    Listing,
+    Program,
+    adapt_listing,
+    around_program,
+    layer_program,
+)
+from memplan.estimator.regimes import is_prepared, layer_regime, loss_regime
+from memplan.estimator.schedule import GroupPart, Parts
+from memplan.estimator.trained import in_order
+from memplan.estimator.weights import DTYPE_BYTES
+from memplan.tape import Regime
+from memplan.track import LossTrack, ModelTrack
+
+STEPS = 2
+"""The first step makes the optimizer's state; the second is like every later one."""
+
+MICRO_BATCHES = 2
+"""The first makes the gradients; every later one adds to them like the second."""
+
+HALF_BYTES = 2
+
+BLOCK_SIZE = 64
+"""Weights that share a 4-bit code's scale (`functional.quantize_4bit`)."""
+
+
+class Card:
+    """The allocator, large blocks in its pool and small ones as a sum."""
+
+    def __init__(self, capacity_bytes: int | None) -> None:
+        self.allocator = CachingAllocator(AllocatorSettings(), capacity_bytes)
+        self.small = 0
+        self.small_peak = 0
+
+    def take(self, num_bytes: int) -> Any:
+        """A block: a large one, or the bytes of a small one."""
+        if num_bytes > SMALL_LIMIT_BYTES:
+            return self.allocator.malloc(num_bytes)
+        size = rounded(num_bytes)
+        self.add_small(size, size)
+        return size
+
+    def give(self, block: Any) -> None:
+        """Gives a block back."""
+        if isinstance(block, int):
+            self.small -= block
+        else:
+            self.allocator.free(block)
+
+    def add_small(self, net: int, peak: int) -> None:
+        """Small blocks that come and go in a stretch."""
+        self.small_peak = max(self.small_peak, self.small + peak)
+        self.small += net
+
+    @property
+    def small_reserved(self) -> int:
+        return -(-self.small_peak // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+
+    @property
+    def reserved(self) -> int:
+        """The most that was reserved so far."""
+        return self.allocator.peak_reserved_bytes + self.small_reserved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reserved:
+    """What is reserved at the end of each moment, and what failed."""
+
+    by_moment: dict[str, int]
+    failed_moment: str | None = None
+    num_alloc_retries: int = 0
+
+
+def tracks_of(parts: Parts) -> tuple[dict[Regime, ModelTrack], LossTrack]:
+    """The tracks of a fine-tune's body and loss; traces those that are missing."""
+    architecture = parts.architecture
+    regimes = (parts.regime, *(part.regime for part in parts.groups))
+    bodies = {regime: tapes.model_track(architecture, regime) for regime in regimes}
+    loss = tapes.loss_track(
+        architecture, loss_regime(parts.recipe, parts.tape.hidden_dtype)
+    )
+    return bodies, loss
+
+
+def reserved(parts: Parts, batch: int, length: int, capacity: int | None) -> Reserved:
+    """Replays the fine-tune on a card that gives the process `capacity` bytes."""
+    return _Replay(parts, batch, length, capacity).run()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tensor:
+    """A tensor that is loaded: its numbers, and its role where it is a linear's."""
+
+    name: str
+    numbers: int
+    role: Role | None = None
+
+
+class _Replay:
+    """Walks load, adaptation and steps on one card."""
+
+    def __init__(
+        self, parts: Parts, batch: int, length: int, capacity: int | None
+    ) -> None:
+        self._parts = parts
+        self._recipe = parts.recipe
+        self._tokens = batch * length
+        self._card = Card(capacity)
+        self._values = Sizes({"": 1, "B": batch, "T": length})
+        self._by_moment: dict[str, int] = {}
+        bodies, loss = tracks_of(parts)
+        filled = {id(part): self._fill(part) for part in parts.groups}
+        programs = {
+            id(part): layer_program(
+                bodies[part.regime].blocks[part.kind],
+                filled[id(part)],
+                self._values,
+                checkpointed=part.checkpointed,
+            )
+            for part in parts.groups
+        }
+        layers = sorted(self._in_layers(), key=lambda pair: pair[0])
+        self._order = [filled[id(part)] for _, part in layers]
+        self._layers = [programs[id(part)] for _, part in layers]
+        self._adapt_listings: dict[int, tuple[int, Listing]] = {}
+        self._around = around_program(
+            bodies[parts.regime],
+            loss_blocks(loss, parts.loss, self._tokens),
+            self._values,
+        )
+        self._workspaces: set[str] = set()
+        self._gradients: list[Any] = []
+        self._left: list[Any] = []
+        """Blocks that go with the output that the caller holds."""
+
+    def run(self) -> Reserved:
+        label = "load"
+        try:
+            for label in self._run():
+                self._by_moment[label] = self._card.reserved
+        except OutOfMemory:
+            return Reserved(by_moment=self._by_moment, failed_moment=label)
+        return Reserved(
+            by_moment=self._by_moment,
+            num_alloc_retries=self._card.allocator.num_alloc_retries,
+        )
+
+    def _run(self) -> Iterator[str]:
+        """The labels of moments, each when it has ended."""
+        held = self._load()
+        yield "load"
+        self._adapt(held)
+        yield "adapt"
+        micro_batches = min(self._recipe.accumulation, MICRO_BATCHES)
+        for step in range(1, STEPS + 1):
+            for number in range(micro_batches):
+                yield from self._micro_batch(step, first=number == 0)
+            if self._recipe.max_grad_norm is not None:
+                self._card.give(self._card.take(self._parts.clip))
+                yield f"{step}.clip"
+            self._optimize(first=step == 1)
+            yield f"{step}.optimizer"
+
+    # Load and adaptation.
+
+    def _load(self) -> list[tuple[int, Any]]:
+        """Loads every tensor; those that are not quantised, with their numbers."""
+        recipe, card = self._recipe, self._card
+        item = DTYPE_BYTES[recipe.dtype]
+        tensors = list(self._tensors())
+        if recipe.quantization == "none":
+            return [(t.numbers, card.take(item * t.numbers)) for t in tensors]
+        scheme = quantizations.find(recipe.quantization)
+        stored = sum(
+            scheme.stored_bytes(t.role.linear.num_weights, t.role.linear.out_features)[
+                0
+            ]
+            if t.role is not None
+            else item * t.numbers
+            for t in tensors
+        )
+        limit = max(0, self._parts.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
+        card.give(card.take(min(stored, limit)))
+        held = []
+        for tensor in sorted(tensors, key=lambda t: _natural_key(t.name)):
+            if tensor.role is None:
+                held.append((tensor.numbers, card.take(item * tensor.numbers)))
+            else:
+                self._quantize(tensor.role)
+        return held
+
+    def _quantize(self, role: Role) -> None:
+        """The 16-bit weight, what it becomes, and the weight given back."""
+        card, scheme = self._card, quantizations.find(self._recipe.quantization)
+        linear = role.linear
+        sizes = scheme.stored_bytes(linear.num_weights, linear.out_features)
+        copies = [
+            card.take(HALF_BYTES * linear.num_weights)
+            for _ in range(_num_copies(scheme.loading_flag, linear))
+        ]
+        if self._recipe.quantization.endswith("-double"):
+            absmax = 4 * math.ceil(linear.num_weights / BLOCK_SIZE)
+            copies.append(card.take(absmax))
+            card.take(sizes[0])
+            difference = card.take(absmax)
+            sizes = sizes[1:]
+            for size in sizes:
+                card.take(size)
+            card.give(difference)
+        else:
+            for size in sizes:
+                card.take(size)
+        for copy in reversed(copies):
+            card.give(copy)
+
+    def _tensors(self) -> Iterator[_Tensor]:
+        """Every tensor, in the order of modules."""
+        architecture, layout = self._parts.architecture, self._parts.layout
+        for parameter in architecture.parameters:
+            yield _Tensor(name=parameter.path, numbers=parameter.num_parameters)
+        for group in layout.groups:
+            for layer in group.layers:
+                path = f"{group.block.stack}.{layer}"
+                for role in group.roles:
+                    yield from _of_linear(role, f"{path}.{role.linear.path}")
+                for parameter in group.block.parameters:
+                    yield _Tensor(
+                        name=f"{path}.{parameter.path}",
+                        numbers=parameter.num_parameters,
+                    )
+        for role in layout.outside:
+            yield from _of_linear(role, role.linear.path)
+
+    def _adapt(self, held: list[tuple[int, Any]]) -> None:
+        """Casts for k-bit training and empties the cache; then makes the adapters."""
+        recipe, card = self._recipe, self._card
+        if is_prepared(recipe) and quantizations.find(recipe.quantization).kbit_casts:
+            for numbers, block in held:
+                if recipe.dtype != "float32":
+                    card.take(4 * numbers)
+                    card.give(block)
+            card.allocator.empty_cache()
+        if recipe.method == "full":
+            return
+        method = methods.find(recipe.method)
+        linears = [role.linear for role, _ in self._parts.layout.linears]
+        if method.shared_shapes(linears, recipe.rank):
+            card.take(self._parts.adapters)
+            return
+        if any({} in hole.track.adapt_sizes for part in self._order for hole in part):
+            self._workspace("forward")
+        for holes in self._order:
+            num_blocks, listing = self._adapting(holes)
+            blocks: list[Any] = [None] * num_blocks
+            card.add_small(listing.small_net, listing.small_peak)
+            for kind, number, size in listing.operations:
+                if kind == TAKE:
+                    blocks[number] = card.allocator.malloc(size)
+                else:
+                    card.allocator.free(blocks[number])
+
+    def _adapting(self, holes: tuple[Filling, ...]) -> tuple[int, Listing]:
+        if id(holes) not in self._adapt_listings:
+            self._adapt_listings[id(holes)] = adapt_listing(holes)
+        return self._adapt_listings[id(holes)]
+
+    # Steps.
+
+    def _in_layers(self) -> Iterator[tuple[int, GroupPart]]:
+        """Each layer's number and part."""
+        every = self._recipe.every_n_layers
+        alike = every == 1 or self._recipe.checkpointing != "full"
+        for part in self._parts.groups:
+            for layer in part.group.layers:
+                if alike or (layer % every == 0) == part.checkpointed:
+                    yield layer, part
+
+    def _fill(self, part: GroupPart) -> tuple[Filling, ...]:
+        """What stands in the holes of a part's layers."""
+        roles = {role.linear.path: role for role in part.group.roles}
+        holes = []
+        names = zip(part.tape.holes, part.tape.input_dtypes, strict=True)
+        for (path, input_dtype), linear in zip(names, part.linears, strict=True):
+            regime = layer_regime(self._recipe, roles[path], input_dtype)
+            sizes = {
+                "": 1,
+                "N": self._tokens,
+                "i": linear.in_features,
+                "o": linear.out_features,
+                "r": linear.rank,
+            }
+            holes.append(
+                Filling(
+                    track=tapes.layer_track(regime),
+                    tape=linear.tape,
+                    sizes=Sizes(sizes),
+                )
+            )
+        return tuple(holes)
+
+    def _micro_batch(self, step: int, *, first: bool) -> Iterator[str]:
+        keep = self._recipe.keep_outputs
+        if keep == "backward":
+            self._drop_left()
+        run = _Run(
+            self._card,
+            self._layers,
+            self._around,
+            self._gradients,
+            first=first,
+            tied=is_tied(self._parts.architecture),
+        )
+        self._workspace("forward")
+        run.forward()
+        if keep == "step":
+            self._drop_left()
+        yield f"{step}.forward"
+        self._workspace("backward")
+        run.backward()
+        if self._recipe.method == "full":
+            self._embedding_gradient(run.head, first=first)
+        self._left += run.end()
+        if keep == "none":
+            self._drop_left()
+        yield f"{step}.backward"
+
+    def _drop_left(self) -> None:
+        for block in self._left:
+            self._card.give(block)
+        self._left.clear()
+
+    def _workspace(self, thread: str) -> None:
+        """A thread's workspace of cuBLAS, and of cuBLASLt where biases are added."""
+        if thread in self._workspaces:
+            return
+        self._workspaces.add(thread)
+        self._card.take(workspace_bytes(self._parts.gpu))
+        biased = any(role.linear.bias for role, _ in self._parts.layout.linears)
+        recomputes = self._recipe.checkpointing == "full"
+        if biased and (thread == "forward" or recomputes):
+            self._card.take(LT_WORKSPACE_BYTES)
+
+    def _embedding_gradient(self, head: list[Any], *, first: bool) -> None:
+        """The embedding's gradient, and its sum with a tied head's that waits."""
+        architecture, card = self._parts.architecture, self._card
+        numbers = architecture.vocab_size * architecture.hidden_size
+        size = DTYPE_BYTES[self._recipe.dtype] * numbers
+        gradient = card.take(size)
+        scratch = round(embedding_scratch_bytes(architecture, self._tokens))
+        card.give(card.take(scratch))
+        if head and is_transposed(self._recipe):
+            head.append(gradient)
+            gradient = card.take(size)
+        for block in head:
+            card.give(block)
+        if first:
+            self._gradients.append(gradient)
+        else:
+            card.give(gradient)
+
+    def _optimize(self, *, first: bool) -> None:
+        """Makes the state at the first step, holds the scratch, drops gradients."""
+        card = self._card
+        optimizer = optimizers.find(self._recipe.optimizer)
+        tensors = in_order(self._parts.trained)
+        scratch = step_blocks(self._parts.trained, self._recipe)
+        largest = max(tensors, key=lambda tensor: tensor.bytes_each, default=None)
+        by_lists = len(scratch) >= len(tensors)
+        for tensor in tensors:
+            if first:
+                for size in optimizer.state_bytes(tensor.shape, tensor.item):
+                    card.take(size)
+            if tensor is largest and not by_lists:
+                self._hold(scratch)
+        if by_lists:
+            self._hold(scratch)
+        for block in self._gradients:
+            card.give(block)
+        self._gradients.clear()
+        if self._recipe.keep_outputs == "backward":
+            self._drop_left()
+
+    def _hold(self, sizes: list[int]) -> None:
+        """Blocks that are there at once, and gone again."""
+        for block in [self._card.take(size) for size in sizes]:
+            self._card.give(block)
+
+
+class _Run:
+    """One micro-batch: its layers' blocks, those around them, and what outlives it."""
+
+    def __init__(  # noqa: PLR0913 - each is a part of what runs
+        self,
+        card: Card,
+        layers: list[Program],
+        around: Any,
+        gradients: list[Any],
+        *,
+        first: bool,
+        tied: bool,
+    ) -> None:
+        self._card = card
+        self._programs = layers
+        self._around = around
+        self._gradients = gradients
+        self._first = first
+        self._tied = tied
+        self.head: list[Any] = []
+        """The gradient of a tied head, which waits for the embedding's."""
+        self._blocks: list[list[Any]] = [[None] * p.num_blocks for p in layers]
+        self._outer: list[Any] = [None] * around.num_blocks
+        self._cached: list[Any] = []
+        self._stuck: list[Any] = []
+
+    def forward(self) -> None:
+        around = self._around
+        self._walk(around.before, self._outer, -1)
+        for place, program in enumerate(self._programs):
+            self._walk(program.forward, self._blocks[place], place)
+        self._walk(around.tail_forward, self._outer, len(self._programs))
+        for block in self._cached:
+            self._card.give(block)
+        self._cached.clear()
+
+    def backward(self) -> None:
+        around = self._around
+        self._walk(around.tail_backward, self._outer, len(self._programs))
+        for place in range(len(self._programs) - 1, -1, -1):
+            self._walk(self._programs[place].backward, self._blocks[place], place)
+        self._walk(around.after, self._outer, -1)
+
+    def end(self) -> list[Any]:
+        """Gives back what the layers still have; what is left goes with the output."""
+        for blocks in self._blocks:
+            for block in blocks:
+                if block is not None:
+                    self._card.give(block)
+        return [block for block in (*self._outer, *self._stuck) if block is not None]
+
+    def _walk(self, listing: Listing, blocks: list[Any], place: int) -> None:
+        card = self._card
+        malloc, free = card.allocator.malloc, card.allocator.free
+        card.add_small(listing.small_net, listing.small_peak)
+        if self._first and listing.small_gradients:
+            self._gradients.append(listing.small_gradients)
+            card.add_small(listing.small_gradients, listing.small_gradients)
+        for kind, number, size in listing.operations:
+            if kind == TAKE:
+                blocks[number] = malloc(size)
+            elif kind == GIVE:
+                free(blocks[number])
+                blocks[number] = None
+            elif kind == GIVE_FOREIGN:
+                self._give_foreign(place + number, size)
+            elif kind == GRADIENT:
+                block = malloc(size)
+                if self._tied and blocks is self._outer:
+                    self.head.append(block)
+                elif self._first:
+                    self._gradients.append(block)
+                else:
+                    free(block)
+            else:
+                kept = self._stuck if kind == STICK else self._cached
+                assert kind in (STICK, CACHE)
+                kept.append(blocks[number])
+                blocks[number] = None
+
+    def _give_foreign(self, place: int, told: tuple[bool, int]) -> None:
+        """Gives back the newest block of those bytes that a place made."""
+        within = 0 <= place < len(self._programs)
+        made = self._programs[place].made if within else self._around.made
+        blocks = self._blocks[place] if within else self._outer
+        for number in reversed(made.get(told, ())):
+            if blocks[number] is not None:
+                self._card.allocator.free(blocks[number])
+                blocks[number] = None
+                return
+
+
+def _of_linear(role: Role, path: str) -> Iterator[_Tensor]:
+    linear = role.linear
+    if role.quantized:
+        yield _Tensor(name=f"{path}.weight", numbers=linear.num_weights, role=role)
+    else:
+        yield _Tensor(name=f"{path}.weight", numbers=linear.num_weights)
+    if linear.bias:
+        yield _Tensor(name=f"{path}.bias", numbers=linear.out_features)
+
+
+def _num_copies(loading_flag: str | None, linear: Linear) -> int:
+    """How many 16-bit copies of a weight are there while it is quantised.
+
+    A transposed one is quantised to 4 bits from a copy in rows (Params4bit._quantize),
+    and any is to 8 bits (Int8Params._quantize).
+    """
+    if loading_flag == "is_loaded_in_4bit":
+        return 2 if linear.transposed else 1
+    return 2 if loading_flag == "is_loaded_in_8bit" else 0
+
+
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Numbers by value and before words, words by alphabet (`dot_natural_key`)."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in name.split(".")
+    ]
+
+
+WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
+"""What the warm-up block leaves of the card (`caching_allocator_warmup`)."""
