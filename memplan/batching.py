@@ -94,7 +94,7 @@ def _estimated(
     architecture: Architecture, gpu: Gpu | None, name: str, recipe: Recipe
 ) -> Batch:
     try:
-        footprint = estimator.estimate(architecture, recipe, gpu)
+        footprint = estimator.run(architecture, recipe, gpu).footprint
     except MissingExtraError:
         raise
     except InputError as error:

@@ -109,7 +109,7 @@ def _check_count(recipe_files: tuple[str, ...], others: tuple[str, ...]) -> None
 def _estimated(
     name: str, architecture: Architecture, recipe: Recipe, gpu: Gpu | None
 ) -> Side:
-    found = estimator.run(architecture, recipe, gpu)
+    found = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
     return _side(name, "estimate", architecture, recipe, found)
 
 

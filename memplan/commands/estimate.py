@@ -64,7 +64,7 @@ def command(
     found = lengths_of(lengths_file, source.name, keys)
     if found is not None:
         recipe = longest_batch(recipe, found, padded=keys.get("padded"))
-    estimate = estimator.run(architecture, recipe, gpu)
+    estimate = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
     made = () if found is None else batches(architecture, recipe, gpu, found)
     room = None if gpu is None else limits(estimate, gpu)
     footprint = estimate.footprint

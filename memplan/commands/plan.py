@@ -150,9 +150,9 @@ def required_gpu(options: dict[str, Any]) -> Gpu:
 
 def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
     """The closed form's footprint of a recipe on the card."""
-    from memplan.estimator import estimate
+    from memplan import estimator
 
-    return lambda recipe: estimate(architecture, recipe, gpu)
+    return lambda recipe: estimator.run(architecture, recipe, gpu).footprint
 
 
 def parameters_on(

@@ -2,26 +2,30 @@
 
 The listing is the equation: `weights`, `adapters`, `gradients`, `optimizer`,
 `activations`, `logits`; `schedule` says which of them are alive together, and `moments`
-what is the most at each moment.
+what is the most at each moment. What the allocator reserves for it is replayed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memplan import checks
 from memplan.architecture import Architecture
 from memplan.estimator.experts import check_experts
 from memplan.estimator.moments import moments
+from memplan.estimator.reserved import NotReplayedError, Reserved, fit_into
 from memplan.estimator.schedule import Parts, Step, parts_of, step_of
-from memplan.footprint import Footprint
+from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.recipe import Recipe
 
 WITHOUT_CACHE = (
-    "What the allocator's cache holds beyond the peak is not estimated; `memplan "
-    "simulate` has it, and may say that a recipe with little to spare does not fit."
+    "Reserved bytes are the most that is allocated; `memplan simulate` has what the "
+    "allocator's cache holds beyond it, and may say that a recipe with little to spare "
+    "does not fit."
 )
 
 UNNAMED_CARD = "80GB"
@@ -47,16 +51,21 @@ class Estimate:
 def estimate(
     architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None
 ) -> Footprint:
-    """Bytes through load, adaptation and steps of a fine-tune, in closed form.
+    """Bytes through load, adaptation and steps of a fine-tune, without running it.
 
-    Without a card, kernels are those of compute capability 8.6. Raises InputError for a
-    recipe that cannot run, MissingExtraError where a tape has to be traced first.
+    Allocated bytes are the closed form's; reserved bytes come of its blocks, replayed
+    through the allocator's rules. Without a card, kernels are those of compute
+    capability 8.6. Raises InputError for a recipe that cannot run, MissingExtraError
+    where a tape has to be traced first.
     """
-    return run(architecture, recipe, gpu).footprint
+    return replayed(run(architecture, recipe, gpu), gpu).footprint
 
 
 def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> Estimate:
-    """The estimate with its parts; errors likewise."""
+    """The closed form with its parts; errors likewise.
+
+    Its reserved bytes are the most that was allocated so far, the least they can be.
+    """
     notes = checks.check(architecture, recipe, gpu)
     check_experts(architecture, recipe)
     parts = parts_of(architecture, recipe, gpu or _unnamed())
@@ -66,9 +75,45 @@ def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> E
         context_bytes=gpu.context_bytes if gpu else None,
         paged_bytes=parts.paged,
         capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
-        notes=(*notes, WITHOUT_CACHE),
+        notes=notes,
     )
     return Estimate(footprint=footprint, parts=parts, step=step)
+
+
+def replayed(estimate: Estimate, gpu: Gpu | None) -> Estimate:
+    """The estimate with what the allocator reserves on the card.
+
+    Where the card does not suffice, reserved bytes are those of one that does. They
+    stay the closed form's where there is no track to replay, which a note says.
+    """
+    footprint, parts = estimate.footprint, estimate.parts
+    try:
+        found, missing_bytes = fit_into(parts, gpu.budget_bytes if gpu else None)
+    except NotReplayedError as error:
+        notes = (*footprint.notes, f"{error} {WITHOUT_CACHE}")
+        return _with(estimate, dataclasses.replace(footprint, notes=notes))
+    return _with(
+        estimate,
+        dataclasses.replace(
+            footprint,
+            moments=tuple(_with_reserved(footprint.moments, found)),
+            failed_moment=found.failed_moment,
+            missing_bytes=missing_bytes,
+        ),
+    )
+
+
+def _with(estimate: Estimate, footprint: Footprint) -> Estimate:
+    return dataclasses.replace(estimate, footprint=footprint)
+
+
+def _with_reserved(moments: Iterable[Moment], found: Reserved) -> Iterator[Moment]:
+    """Moments with replayed bytes, which are at least what is allocated."""
+    least = 0
+    for moment in moments:
+        told = found.by_moment[moment.label]
+        least = max(least, moment.allocated_bytes, told)
+        yield dataclasses.replace(moment, reserved_bytes=max(told, least))
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class _Lister:
 class _Compiler:
     """Writes programs of one part of the step."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of a track or what fills it
         self,
         sizes: Sequence[Any],
         values: Sizes,

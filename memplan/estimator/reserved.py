@@ -7,6 +7,7 @@ one finds.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from memplan.allocator import (
 )
 from memplan.architecture import Linear
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.errors import MemplanError, MissingExtraError
 from memplan.estimator.gradients import (
     embedding_scratch_bytes,
     is_tied,
@@ -57,6 +59,9 @@ STEPS = 2
 
 MICRO_BATCHES = 2
 """The first makes the gradients; every later one adds to them like the second."""
+
+MISSING_PRECISION = 16
+"""What is missing is found to one part in so many."""
 
 HALF_BYTES = 2
 
@@ -107,8 +112,9 @@ class Reserved:
     """What is reserved at the end of each moment, and what failed."""
 
     by_moment: dict[str, int]
+    small_bytes: int = 0
+    """Of it, the small pool's at the end."""
     failed_moment: str | None = None
-    num_alloc_retries: int = 0
 
 
 def tracks_of(parts: Parts) -> tuple[dict[Regime, ModelTrack], LossTrack]:
@@ -122,9 +128,53 @@ def tracks_of(parts: Parts) -> tuple[dict[Regime, ModelTrack], LossTrack]:
     return bodies, loss
 
 
-def reserved(parts: Parts, batch: int, length: int, capacity: int | None) -> Reserved:
-    """Replays the fine-tune on a card that gives the process `capacity` bytes."""
-    return _Replay(parts, batch, length, capacity).run()
+def fit_into(parts: Parts, budget_bytes: int | None) -> tuple[Reserved, int]:
+    """What is reserved on a card, and how many bytes more it would need.
+
+    Near its limit a card gives the cache back before it fails. Where that does not
+    help, the bytes are those of a card that is large enough, and `failed_moment` is the
+    first that fails on this one. Raises NotReplayedError.
+    """
+    recipe = parts.recipe
+    shape = recipe.batch_size, recipe.sequence_length
+    unlimited = reserved(parts, *shape, None)
+    enough = max(unlimited.by_moment.values())
+    if budget_bytes is None or enough <= budget_bytes:
+        return unlimited, 0
+    small = unlimited.small_bytes
+    limited = reserved(parts, *shape, budget_bytes - small)
+    if limited.failed_moment is None:
+        return limited, 0
+    too_little = budget_bytes
+    while (enough - too_little) * MISSING_PRECISION > enough - budget_bytes:
+        middle = (too_little + enough) // 2
+        if reserved(parts, *shape, middle - small).failed_moment is None:
+            enough = middle
+        else:
+            too_little = middle
+    failed = dataclasses.replace(unlimited, failed_moment=limited.failed_moment)
+    return failed, enough - budget_bytes
+
+
+def reserved(
+    parts: Parts, batch: int, length: int, budget_bytes: int | None
+) -> Reserved:
+    """Replays the fine-tune on a card that gives the large pool `budget_bytes`.
+
+    Raises NotReplayedError for what no track is known of.
+    """
+    if parts.recipe.offload:
+        raise NotReplayedError("What is offloaded is not replayed.")
+    try:
+        return _Replay(parts, batch, length, budget_bytes).run()
+    except MissingExtraError as error:
+        raise NotReplayedError(
+            "No track of this recipe is shipped, and tracing one needs torch."
+        ) from error
+
+
+class NotReplayedError(MemplanError):
+    """What is reserved is not known; the message is a sentence that says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +231,7 @@ class _Replay:
         except OutOfMemory:
             return Reserved(by_moment=self._by_moment, failed_moment=label)
         return Reserved(
-            by_moment=self._by_moment,
-            num_alloc_retries=self._card.allocator.num_alloc_retries,
+            by_moment=self._by_moment, small_bytes=self._card.small_reserved
         )
 
     def _run(self) -> Iterator[str]:

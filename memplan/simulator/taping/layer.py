@@ -54,6 +54,19 @@ DIMENSIONS = Dimensions(
 )
 
 
+LARGE_BYTES = 2**20
+"""Bytes from which on a size that shows no dimension is as long as the weight: as many
+blocks of a quantised layer's scales as there are, rounded up."""
+
+
+def size_of(num_bytes: int) -> Polynomial:
+    """A block's size in the layer's dimensions."""
+    size = DIMENSIONS.monomial(num_bytes)
+    if num_bytes < LARGE_BYTES or any(size):
+        return size
+    return {"io": num_bytes / (IN_FEATURES * OUT_FEATURES)}
+
+
 NO_BLOCK = -10
 """No block's number."""
 
@@ -237,7 +250,7 @@ class _Sink(torch.autograd.Function):
 def _sizes(log: EventLog, span: Span) -> tuple[Polynomial, ...]:
     """Sizes of a span's blocks; cuBLAS' workspaces, counted otherwise, have none."""
     return tuple(
-        {} if span.is_workspace(block) else DIMENSIONS.monomial(log.sizes[block])
+        {} if span.is_workspace(block) else size_of(log.sizes[block])
         for block in span.blocks
     )
 
@@ -267,7 +280,7 @@ class _Reader:
         ]
         holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
         passing = self._read_passing()
-        size = DIMENSIONS.monomial(self._log.sizes[output])
+        size = size_of(self._log.sizes[output])
         return LayerTape(
             forward=self._stretch(self._log, begin, end, ()),
             passing=passing,
@@ -276,7 +289,7 @@ class _Reader:
             sticks=self._sticks(),
             backward=self._stretch(self._log, back, behind, (x, grad_y)),
             holds_input=holds,
-            kept=tuple(DIMENSIONS.monomial(self._log.sizes[block]) for block in kept),
+            kept=tuple(size_of(self._log.sizes[block]) for block in kept),
         )
 
     def track(self) -> LayerTrack:
@@ -333,7 +346,7 @@ class _Reader:
         for block, size in log.events[begin:end]:
             if block == MARK or block in ignored:
                 continue
-            bytes_ = DIMENSIONS.monomial(log.sizes[block])
+            bytes_ = size_of(log.sizes[block])
             if size == FREE:
                 net = add(net, bytes_, -1)
             elif block in freed or not self._outlives(log, block):
@@ -342,4 +355,4 @@ class _Reader:
         return Stretch(net=net, peaks=tuple(largest(candidates)))
 
     def _outlives(self, log: EventLog, block: int) -> bool:
-        return all("N" not in word for word in DIMENSIONS.monomial(log.sizes[block]))
+        return all("N" not in word for word in size_of(log.sizes[block]))

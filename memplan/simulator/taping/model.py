@@ -220,7 +220,7 @@ def _short_model(
 
 def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]:
     """Puts holes in the place of linear layers; their paths in the stack by number."""
-    dtype = getattr(torch, regime.autocast) if regime.casts_output else None
+    under_autocast = regime.autocast != "none"
     paths: dict[int, str] = {}
     for path, linear in list(stack.named_modules()):
         if not _is_hole(linear):
@@ -228,6 +228,9 @@ def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]
         shape = linear.weight.shape
         out_features = shape[1] if isinstance(linear, Conv1D) else shape[0]
         number = len(paths)
+        # What is no plain linear layer is never quantised: autocast casts it always.
+        casts = regime.casts_output or (under_autocast and not _is_plain(linear))
+        dtype = getattr(torch, regime.autocast) if casts else None
         stack.set_submodule(path, Hole(tracer, number, out_features, dtype))
         paths[number] = path
     return paths
@@ -235,10 +238,11 @@ def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]
 
 def _plain(stack: nn.Module) -> dict[int, bool]:
     linears = [module for module in stack.modules() if _is_hole(module)]
-    return {
-        number: type(linear) in (nn.Linear, Conv1D)
-        for number, linear in enumerate(linears)
-    }
+    return {number: _is_plain(linear) for number, linear in enumerate(linears)}
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    return type(linear) in (nn.Linear, Conv1D)
 
 
 def _window(architecture: Architecture) -> int | None:
