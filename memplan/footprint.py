@@ -21,6 +21,7 @@ CATEGORIES = (
     "optimizer",
     "activations",
     "logits",
+    "kv_cache",
     "workspace",
     "cache",
     "context",
@@ -28,6 +29,7 @@ CATEGORIES = (
 )
 """What a byte is for.
 
+`kv_cache` are the keys and values that generation hands from one token to the next;
 `cache` is what the caching allocator has reserved beyond what is allocated; `context`
 is the CUDA context; `paged` is optimizer state in CUDA's managed memory. The latter two
 lie outside of torch's own numbers.
@@ -35,13 +37,17 @@ lie outside of torch's own numbers.
 
 OUTSIDE_TORCH = ("context", "paged")
 
+GENERATION = ("prefill", "decode")
+"""The moments of inference: the prompts are read; the tokens after the first made."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moment:
     """A stretch of a fine-tune's life, and the peaks within it."""
 
     label: str
-    """`load`, `adapt`, `1.forward`, `1.backward`, ..., `2.optimizer`, `save`, ..."""
+    """`load`, `adapt`, `1.forward`, `1.backward`, ..., `2.optimizer`, `save`, ...; of
+    inference `load`, `adapt`, `merge`, `prefill`, `decode`."""
     allocated_bytes: int
     """What torch.cuda.max_memory_allocated would say."""
     reserved_bytes: int
@@ -56,6 +62,14 @@ class Moment:
         """Whether the moment belongs to a training step."""
         return self.label[0].isdigit()
 
+    @property
+    def counts(self) -> bool:
+        """Whether the moment is one of those that are asked for, not on the way there.
+
+        That is a training step's, or one of inference.
+        """
+        return self.in_training or self.label in GENERATION
+
     def merged(self, later: Moment) -> Moment:
         """Both as one, as those of a step's micro-batches are: the worst of each."""
         worse = max(self, later, key=lambda moment: moment.allocated_bytes)
@@ -68,10 +82,11 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """Bytes through a fine-tune.
+    """Bytes through a fine-tune, or through inference.
 
-    The peak is the worst moment of the training steps, as a loop that resets the
-    counters after loading reads it; the life's peak is the worst of all moments.
+    The peak is the worst moment of the training steps, or of generation, as a loop that
+    resets the counters after loading reads it; the life's peak is the worst of all
+    moments.
     """
 
     moments: tuple[Moment, ...]
@@ -93,9 +108,9 @@ class Footprint:
 
     @property
     def peak(self) -> Moment:
-        """The worst of the training steps."""
-        training = [m for m in self.moments if m.in_training]
-        return _worst(training or list(self.moments))
+        """The worst of the training steps, or of generation."""
+        counting = [m for m in self.moments if m.counts]
+        return _worst(counting or list(self.moments))
 
     @property
     def life_peak(self) -> Moment:

@@ -14,13 +14,16 @@ from memplan import runs
 from memplan.commands.options import (
     RecipeCommand,
     given_keys,
+    inference_options,
     json_option,
     model_argument,
     recipe_options,
+    take_inference,
     take_recipe,
 )
 from memplan.errors import InputError, MeasurementError, MissingExtraError
 from memplan.grid import GridRun, read_grid
+from memplan.inference import Inference
 from memplan.model_source import read_config
 from memplan.profile import Profile
 from memplan.reporters import json, terminal
@@ -53,9 +56,7 @@ FINISHED = ("ok", "out-of-memory")
     help="Load the checkpoint's weights instead of random ones.",
 )
 @click.option("--data", default="", metavar="FILE", help="Texts to train on, or JSONL.")
-@click.option(
-    "--inference", is_flag=True, help="Only run the model forward, without adapters."
-)
+@inference_options
 @click.option("--trace", is_flag=True, help="Keep the allocator's event history.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -86,8 +87,9 @@ def command(
     file. Exits with 1 where memory does not suffice.
     """
     given = given_keys(options)
+    inference = take_inference(options)
     recipe, named = take_recipe(options)
-    settings = _Settings(**options)
+    settings = _Settings(inference=inference, **options)
     _check_installed()
     folder = Path(out)
     runs.prepare(folder)
@@ -125,7 +127,7 @@ class _Settings:
     device: str
     weights: bool
     data: str
-    inference: bool
+    inference: Inference | None
     trace: bool
     seed: int
     time_limit: float | None
@@ -225,7 +227,13 @@ def _object(run: Profile) -> dict[str, Any]:
     assert run.footprint is not None
     parameters = {"total": 0, "trainable": 0, **run.parameters}
     return json.footprint_object(
-        "measurement", run.model, run.recipe, run.gpu, run.footprint, parameters
+        "measurement",
+        run.model,
+        run.recipe,
+        run.gpu,
+        run.footprint,
+        parameters,
+        run.inference,
     ) | {
         "fits": None if run.device == "cpu" else run.outcome == "ok",
         "run": run.id,

@@ -24,6 +24,7 @@ from memplan.architecture import Architecture
 from memplan.errors import InputError, MeasurementError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
+from memplan.inference import NONE
 from memplan.profile import Profile, slug
 from memplan.profiler.task import Task, read_events
 from memplan.recipe import Recipe
@@ -149,11 +150,21 @@ def name_of(task: Task, card: str, versions: Mapping[str, str]) -> str:
     recipe = task.recipe
     parts = (
         task.model.rpartition("/")[2].removesuffix(".json"),
-        "inference" if task.inference else recipe.method,
+        *_told_of(task),
         recipe.quantization,
         f"b{recipe.batch_size}-s{recipe.sequence_length}",
     )
     return f"{slug('-'.join(parts))}-{digest[:10]}"
+
+
+def _told_of(task: Task) -> Iterator[str]:
+    """What a run's name says of its method."""
+    if task.inference is None:
+        yield task.recipe.method
+        return
+    yield "inference"
+    if task.inference.adapters != NONE:
+        yield f"{task.recipe.method}-{task.inference.adapters}"
 
 
 def _start(task: Task, journal: Path, output: Any) -> subprocess.Popen[bytes]:
@@ -346,6 +357,7 @@ def profile_of(task: Task, name: str, found: Found, source: str = SOURCE) -> Pro
         losses=tuple(found.losses),
         environment=found.environment,
         seed=task.seed,
+        inference=task.inference,
         weights=task.weights,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         trace=task.trace,

@@ -15,6 +15,7 @@ from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.machine import Reading
 from memplan.profile import Profile
 from memplan.recipe import Recipe
@@ -56,13 +57,16 @@ def footprint_object(  # noqa: PLR0913 - each is a key of the object
     gpu: Gpu | None,
     footprint: Footprint,
     parameters: Mapping[str, int],
+    inference: Inference | None = None,
 ) -> dict[str, Any]:
-    """The object that says what a fine-tune takes."""
+    """The object that says what a fine-tune takes, or inference."""
+    asked = {} if inference is None else {"inference": inference.to_json()}
     return {
         "schema": SCHEMA,
         "kind": kind,
         "model": model,
         "recipe": recipe.to_json(),
+        **asked,
         "gpu": None if gpu is None else gpu.to_json(),
         **footprint.to_json(),
         "parameters": dict(parameters),

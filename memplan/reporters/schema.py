@@ -6,6 +6,7 @@ from typing import Any
 
 from memplan import profile
 from memplan.footprint import CATEGORIES
+from memplan.inference import ADAPTERS
 from memplan.plan import HASH_DIGITS
 from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
@@ -105,6 +106,7 @@ def output_schema() -> dict[str, Any]:
             "kind": {"enum": list(KINDS)},
             "model": _TEXT,
             "recipe": {"type": "object"},
+            "inference": _or_null(_inference_schema()),
             "gpu": {"type": ["object", "null"]},
             "peak": peak,
             "life_peak": peak,
@@ -192,6 +194,10 @@ def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def _inference_schema() -> dict[str, Any]:
+    return _object(new_tokens=_COUNT, adapters={"enum": list(ADAPTERS)})
+
+
 def _limits_schema() -> dict[str, Any]:
     return _or_null(
         _object(
@@ -264,14 +270,18 @@ def profile_schema() -> dict[str, Any]:
         "losses": numbers,
         "environment": {"type": "object", "additionalProperties": _TEXT},
         "seed": {"type": "integer"},
+        "inference": _or_null(_inference_schema()),
         "weights": {"enum": ["random", "checkpoint"]},
         "trace": _TEXT,
         "notes": {"type": "array", "items": _TEXT},
     }
+    # Records of before inference was measured do not speak of it.
+    required = [key for key in properties if key != "inference"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "memplan measured run",
         **_object(**properties),
+        "required": required,
         "additionalProperties": False,
     }
 
