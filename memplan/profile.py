@@ -78,6 +78,9 @@ class Profile:
     seed: int = 0
     inference: Inference | None = None
     """The answers that were made in the place of training, if any were."""
+    answer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What came of saving what was tuned, loading it anew and asking it for tokens;
+    empty where that was not asked for."""
     weights: str = "random"
     """`random`, or `checkpoint` where from_pretrained loaded them."""
     measured_at: str = ""
@@ -125,6 +128,7 @@ class Profile:
             "environment": dict(self.environment),
             "seed": self.seed,
             "inference": None if self.inference is None else self.inference.to_json(),
+            "answer": dict(self.answer),
             "weights": self.weights,
             "trace": self.trace,
             "notes": list(self.notes),
@@ -158,13 +162,14 @@ def slug(text: str) -> str:
 
 def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     footprint, gpu = data["footprint"], data["gpu"]
-    # Records of before inference was measured do not speak of it.
+    # Records of before inference and answers were measured do not speak of them.
     inference = data.get("inference")
     return {
         **{key: data[key] for key in _PLAIN_KEYS},
         "recipe": Recipe.from_mapping(data["recipe"]),
         "footprint": None if footprint is None else _footprint(footprint),
         "gpu": None if gpu is None else _gpu(gpu),
+        "answer": data.get("answer", {}),
         "inference": None if inference is None else Inference.from_json(inference),
         "outcome": data["outcome"]["status"],
         "message": data["outcome"]["message"],

@@ -21,18 +21,23 @@ from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
 from memplan.store import profiles_path, write_bytes
 from memplan.tape import (
+    CacheTape,
     LayerRegime,
     LayerTape,
     LossRegime,
     LossTape,
     ModelTape,
     Regime,
+    Stretch,
 )
 
-Tape = TypeVar("Tape", ModelTape, LossTape, LayerTape)
+Tape = TypeVar("Tape", ModelTape, LossTape, LayerTape, CacheTape, Stretch)
 
 LAYERS = "layers"
 """The file of the tapes of linear layers, which belong to no model."""
+
+INFERENCE = "inference"
+"""The file of the tapes of inference alone: of linear layers, and of models' caches."""
 
 
 class TapeFile:
@@ -46,7 +51,7 @@ class TapeFile:
     def find(
         self,
         key: str,
-        read: Callable[[Mapping[str, Any]], Tape],
+        read: Callable[[Any], Tape],
         trace: Callable[[], Tape],
     ) -> Tape:
         """The tape of that key: read where it is known, else traced and kept."""
@@ -116,6 +121,32 @@ def layer_tape(regime: LayerRegime) -> LayerTape:
     return layers_file().find(regime.key, tape.layer_tape, trace)
 
 
+def pass_tape(regime: LayerRegime, *, fused: bool) -> Stretch:
+    """The forward of a linear layer without autograd; likewise."""
+
+    def trace() -> Stretch:
+        made: Stretch = _taping(None).trace_pass(regime, fused=fused)
+        return made
+
+    key = f"{regime.key} fused" if fused else regime.key
+    return inference_file().find(key, tape.pass_tape, trace)
+
+
+def cache_tape(architecture: Architecture) -> CacheTape:
+    """The tape of what a model keeps from token to token; likewise."""
+
+    def trace() -> CacheTape:
+        made: CacheTape = _taping(architecture).trace_cache(architecture)
+        return made
+
+    return inference_file().find(name_of(architecture), tape.cache_tape, trace)
+
+
+def inference_file() -> TapeFile:
+    """The tapes of inference alone."""
+    return _file(INFERENCE)
+
+
 def layers_file() -> TapeFile:
     """The tapes of linear layers."""
     return _file(LAYERS)
@@ -153,7 +184,7 @@ def shipped_path(name: str) -> Path:
     return profiles_path() / "tapes" / f"{name}.tapes.gz"
 
 
-def text(made: ModelTape | LossTape | LayerTape) -> str:
+def text(made: ModelTape | LossTape | LayerTape | CacheTape | Stretch) -> str:
     """A tape as its line holds it."""
     return json.dumps(tape.to_json(made), separators=(",", ":"))
 

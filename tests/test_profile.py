@@ -40,7 +40,11 @@ def test_records_hold_to_the_schema(run: Profile) -> None:
     jsonschema.validate(json.loads(json.dumps(run.to_json())), profile_schema())
 
 
-@pytest.mark.parametrize("key", sorted(measured().to_json().keys() - {"inference"}))
+LATER = {"inference", "answer"}
+"""Keys that older records lack."""
+
+
+@pytest.mark.parametrize("key", sorted(measured().to_json().keys() - LATER))
 def test_a_record_without_a_key_is_refused(key: str) -> None:
     record = whole()
     del record[key]
@@ -51,11 +55,13 @@ def test_a_record_without_a_key_is_refused(key: str) -> None:
         jsonschema.validate(record, profile_schema())
 
 
-def test_a_record_that_knows_of_no_inference_is_of_training() -> None:
+def test_a_record_that_knows_of_no_answers_is_of_training() -> None:
     record = whole()
-    del record["inference"]
+    del record["inference"], record["answer"]
 
-    assert Profile.from_json(record, "one.json").inference is None
+    read = Profile.from_json(record, "one.json")
+    assert read.inference is None
+    assert read.answer == {}
     jsonschema.validate(record, profile_schema())
 
 

@@ -57,6 +57,12 @@ FINISHED = ("ok", "out-of-memory")
 )
 @click.option("--data", default="", metavar="FILE", help="Texts to train on, or JSONL.")
 @inference_options
+@click.option(
+    "--generate",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Save what was tuned, load it anew and ask it for so many tokens.",
+)
 @click.option("--trace", is_flag=True, help="Keep the allocator's event history.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -90,6 +96,13 @@ def command(
     inference = take_inference(options)
     recipe, named = take_recipe(options)
     settings = _Settings(inference=inference, **options)
+    if inference is not None and settings.generate is not None:
+        raise InputError(
+            "--generate",
+            settings.generate,
+            "asks what was tuned, and --inference tunes nothing",
+            "leave out either",
+        )
     _check_installed()
     folder = Path(out)
     runs.prepare(folder)
@@ -111,6 +124,7 @@ def command(
     run = _measure(asked, settings, device, folder, quiet=as_json)
     if run.outcome not in FINISHED or run.footprint is None:
         raise MeasurementError(f"{run.outcome}: {run.message}")
+    _check_answer(run)
     if as_json:
         json.print_object(_object(run))
     else:
@@ -128,6 +142,7 @@ class _Settings:
     weights: bool
     data: str
     inference: Inference | None
+    generate: int | None
     trace: bool
     seed: int
     time_limit: float | None
@@ -187,6 +202,15 @@ def _measure(
     return run
 
 
+def _check_answer(run: Profile) -> None:
+    """Raises MeasurementError where what was tuned cannot be used."""
+    if run.answer.get("problem"):
+        raise MeasurementError(
+            f"{run.id}: measured, but what was tuned cannot be used as it was saved: "
+            f"{run.answer['problem']}"
+        )
+
+
 def _task(asked: GridRun, settings: _Settings, device: Any) -> tuple[Any, str]:
     """The task and the name of its run."""
     from memplan.profiler import name_of
@@ -203,6 +227,7 @@ def _task(asked: GridRun, settings: _Settings, device: Any) -> tuple[Any, str]:
         weights="checkpoint" if settings.weights else "random",
         data=settings.data,
         inference=asked.inference,
+        generate=0 if asked.inference else settings.generate or 0,
     )
     return task, name_of(task, device.card, json.versions())
 
@@ -240,6 +265,7 @@ def _object(run: Profile) -> dict[str, Any]:
         "device": run.device,
         "outcome": {"status": run.outcome, "message": run.message},
         "step_seconds": list(run.step_seconds),
+        "answer": dict(run.answer),
         "notes": list(run.notes),
         "versions": json.versions() | dict(run.environment),
     }

@@ -249,6 +249,7 @@ class Found:
     card: Mapping[str, Any] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, int] = field(default_factory=dict)
+    answer: Mapping[str, Any] = field(default_factory=dict)
     finish: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -358,6 +359,7 @@ def profile_of(task: Task, name: str, found: Found, source: str = SOURCE) -> Pro
         environment=found.environment,
         seed=task.seed,
         inference=task.inference,
+        answer=found.answer,
         weights=task.weights,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         trace=task.trace,

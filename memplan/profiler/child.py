@@ -23,6 +23,7 @@ from memplan.errors import InputError
 from memplan.inference import MERGED, NONE, loaded_as
 from memplan.model_source import ModelSource
 from memplan.profiler import loops
+from memplan.profiler.answer import check_answer
 from memplan.profiler.cpu_meter import CpuMeter
 from memplan.profiler.cuda_meter import CudaMeter
 from memplan.profiler.environment import card, environment
@@ -103,7 +104,13 @@ def _fine_tune(
     trained = sum(p.numel() for p in training_model.trained_parameters(adapted))
     _tell_parameters(journal, architecture.total_parameters, trained)
     del model
-    return loops.train(adapted, task, vocab_size, moments)
+    optimizer = loops.train(adapted, task, vocab_size, moments)
+    if task.generate:
+        moments.begin("generate")
+        answer = check_answer(adapted, task, vocab_size)
+        moments.end()
+        journal.write("answer", **answer)
+    return optimizer
 
 
 def _answer(

@@ -35,6 +35,9 @@ class Task:
     """A file of texts to train on; random tokens where there is none."""
     inference: Inference | None = None
     """The answers that are made in the place of steps, if any are."""
+    generate: int = 0
+    """Tokens that the tuned model is asked for after it was saved and loaded; 0 where
+    it is not."""
     trace: str = ""
     """The file for the allocator's event history, where it is asked for."""
     seconds: float | None = None

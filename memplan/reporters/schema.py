@@ -271,12 +271,22 @@ def profile_schema() -> dict[str, Any]:
         "environment": {"type": "object", "additionalProperties": _TEXT},
         "seed": {"type": "integer"},
         "inference": _or_null(_inference_schema()),
+        "answer": {
+            "type": "object",
+            "properties": {
+                "new_tokens": _COUNT,
+                "saved_bytes": _COUNT,
+                "same_answer": {"type": "boolean"},
+                "problem": _TEXT,
+            },
+            "additionalProperties": False,
+        },
         "weights": {"enum": ["random", "checkpoint"]},
         "trace": _TEXT,
         "notes": {"type": "array", "items": _TEXT},
     }
-    # Records of before inference was measured do not speak of it.
-    required = [key for key in properties if key != "inference"]
+    # Records of before inference and answers were measured do not speak of them.
+    required = [key for key in properties if key not in ("inference", "answer")]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "memplan measured run",

@@ -257,7 +257,7 @@ class FewTokens(training_life.Generator):
         for cache in self.caches.values():
             for holder in (cache, *getattr(cache, "layers", ())):
                 held = getattr(holder, "__dict__", {"": holder})
-                for tensor in _held(held.values()):
+                for tensor in held_tensors(held.values()):
                     self._tracer.label(tensor, KV_CACHE)
 
     def _grow(self, paths: dict[int, str]) -> None:
@@ -281,15 +281,15 @@ class FewTokens(training_life.Generator):
         return paths
 
 
-def _held(values: Iterable[Any]) -> Iterator[Tensor]:
+def held_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, and those in lists and mappings among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _held(value)
+            yield from held_tensors(value)
         elif isinstance(value, dict):
-            yield from _held(value.values())
+            yield from held_tensors(value.values())
 
 
 def _grows_alone(cache: Any) -> bool:

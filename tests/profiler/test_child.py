@@ -249,3 +249,42 @@ def test_files_without_texts_are_refused(
 
     with pytest.raises(InputError, match=match):
         data.rows_of(task(data=str(file)), 128)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"quantization": "nf4"},
+        {"method": "dora"},
+        {"method": "full"},
+        {"trainer": "transformers"},
+    ],
+    ids=str,
+)
+def test_what_was_tuned_is_saved_loaded_and_answers(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = task(recipe, generate=4, folder=str(tmp_path))
+    events = events_of(asked, tmp_path)
+
+    assert labels(events)[-1] == "generate"
+    (answer,) = (event for event in events if event["event"] == "answer")
+    assert answer["problem"] == ""
+    assert answer["same_answer"]
+    assert answer["new_tokens"] == 4
+    assert answer["saved_bytes"] > 0
+
+
+def test_what_cannot_be_loaded_is_told_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("no such adapter")
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", fail)
+    events = events_of(task(generate=4, folder=str(tmp_path)), tmp_path)
+
+    (answer,) = (event for event in events if event["event"] == "answer")
+    assert answer["problem"] == "ValueError: no such adapter"
+    assert "2.optimizer" in labels(events)
