@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import notebook
 from memplan.errors import MemplanError
+from memplan.units import format_bytes
 
 CATEGORIES = (
     "weights",
@@ -87,6 +89,14 @@ class Footprint:
     The peak is the worst moment of the training steps, or of generation, as a loop that
     resets the counters after loading reads it; the life's peak is the worst of all
     moments.
+
+    >>> import memplan
+    >>> model = memplan.inspect("Qwen/Qwen2.5-0.5B")
+    >>> found = memplan.estimate(model, memplan.Recipe(), memplan.find_gpu("12GB"))
+    >>> found.peak.label, found.fits
+    ('2.backward', True)
+    >>> sum(found.breakdown.values()) == found.device_bytes(found.peak)
+    True
     """
 
     moments: tuple[Moment, ...]
@@ -161,6 +171,36 @@ class Footprint:
             "reserved_bytes": moment.reserved_bytes,
             "device_bytes": self.device_bytes(moment),
         }
+
+    def _repr_html_(self) -> str:
+        """The verdict and the breakdown of the peak, as a notebook shows them."""
+        parts = {name: size for name, size in self.breakdown.items() if size}
+        largest = max(parts.values(), default=1)
+        rows = [
+            (name.replace("_", " "), format_bytes(size)) for name, size in parts.items()
+        ]
+        peak = self.peak
+        title = f"at the peak ({peak.label})"
+        shares = [size / largest for size in parts.values()]
+        return (
+            notebook.paragraph(self.verdict, strong=True)
+            + notebook.table((title, "bytes"), rows, shares)
+            + "".join(map(notebook.paragraph, self.notes))
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits and by how much; the peak where no card is given."""
+        peak, margin_bytes = self.life_peak, self.margin_bytes
+        if margin_bytes is None:
+            return (
+                f"Peak {format_bytes(peak.allocated_bytes)} allocated, "
+                f"{format_bytes(peak.reserved_bytes)} reserved, in {peak.label}"
+            )
+        where = self.failed_moment or peak.label
+        if margin_bytes < 0:
+            return f"Does not fit: {format_bytes(-margin_bytes)} short in {where}"
+        return f"Fits: {format_bytes(margin_bytes)} to spare in {where}"
 
     def to_json(self) -> dict[str, Any]:
         """The footprint's part of the printed object."""

@@ -44,6 +44,7 @@ class Profile:
     """One measured run.
 
     A reading of 0 bytes was not taken: sources tell some of them and not others.
+    `measure` makes one; `from_json(run.to_json())` gives it again.
     """
 
     id: str

@@ -90,6 +90,16 @@ def measure(
     `device` is `cuda`, `cpu`, or `auto`: a card where there is one. Running out of
     memory is an outcome. Raises InputError for what cannot be run as asked, and
     MeasurementError where the process dies.
+
+    >>> import json, memplan, pathlib, tempfile
+    >>> config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "config.json"
+    ...     _ = file.write_text(json.dumps(config))
+    ...     small = memplan.inspect(str(file))
+    >>> run = memplan.measure(small, memplan.Recipe(sequence_length=16), device="cpu")
+    >>> run.outcome, len(run.losses)
+    ('ok', 3)
     """
     found = Device.find(device)
     task = Task(

@@ -80,6 +80,12 @@ def simulate(
 
     Without a card, kernels are those of compute capability 8.6 and nothing limits
     memory. Raises InputError for a recipe that cannot run.
+
+    >>> import memplan
+    >>> gpt2 = memplan.inspect("openai-community/gpt2")
+    >>> footprint = memplan.simulate(gpt2, memplan.Recipe(), memplan.find_gpu("T4"))
+    >>> footprint.fits, footprint.peak.allocated_bytes <= footprint.peak.reserved_bytes
+    (True, True)
     """
     return run(architecture, recipe, gpu, settings).footprint
 

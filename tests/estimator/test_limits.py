@@ -13,8 +13,8 @@ from memplan import estimator
 from memplan.catalog import inspect
 from memplan.estimator.limits import (
     LENGTH_STEP,
-    last_fitting,
     largest_batch,
+    last_fitting,
     limits,
     longest_sequence,
 )
