@@ -56,7 +56,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Estimate a fine-tune's memory, or inference's, at once, term by term.
+    """Estimate a fine-tune's memory, or inference's, term by term.
 
     MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
     card is too small.

@@ -72,7 +72,7 @@ def command(  # noqa: PLR0913 - each is an option
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Simulate a fine-tune's memory, or inference's, byte for byte, without a card.
+    """Simulate a fine-tune's memory, or inference's, byte for byte.
 
     MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
     card is too small.

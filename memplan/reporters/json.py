@@ -107,9 +107,18 @@ def print_explanations(run: Profile, found: Sequence[Explained]) -> None:
     _print({"kind": "explanation", "run": run.id, "ways": ways})
 
 
-def print_machine(reading: Reading, file: str) -> None:
-    """Prints what was measured of this machine's card, and where it is kept."""
-    _print({"kind": "machine", "machine": dataclasses.asdict(reading), "file": file})
+def print_machine(
+    reading: Reading | None, file: str | None, missing: Mapping[str, str]
+) -> None:
+    """Prints what was measured of this machine's card, where it is kept, what lacks."""
+    _print(
+        {
+            "kind": "machine",
+            "machine": None if reading is None else dataclasses.asdict(reading),
+            "file": file,
+            "missing": dict(missing),
+        }
+    )
 
 
 def print_object(obj: Mapping[str, Any]) -> None:

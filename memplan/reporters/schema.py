@@ -57,7 +57,7 @@ _KEYS = {
     "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
     "fits": ("gpu", "recipe", "fits", "lengths", "notes"),
     "gpus": ("gpus",),
-    "machine": ("machine", "file"),
+    "machine": ("machine", "file", "missing"),
     "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
     "runs": ("runs",),
@@ -147,7 +147,10 @@ def output_schema() -> dict[str, Any]:
                     least=_NUMBER, most=_NUMBER, count=_COUNT
                 ),
             },
-            "machine": _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES),
+            "machine": _or_null(
+                _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES)
+            ),
+            "missing": {"type": "object", "additionalProperties": _TEXT},
             "groups": _list_of(reading=_TEXT, way=_TEXT, card=_TEXT, count=_COUNT),
             "ways": _list_of(
                 way=_TEXT,
