@@ -31,7 +31,7 @@ COMMANDS = {
     "validate": "Compare predictions with everything that was measured.",
     "explain": "Show why a measured run differs from its prediction.",
     "doctor": "Measure this machine's card, once, and say what is missing.",
-    "why-not": "Say why a recipe does not fit a card, and what would change that.",
+    "why-not": "Say why a recipe does not fit a card, and what would change it.",
     "completion": "Print the script by which a shell completes words.",
     "schema": "Print the JSON schema of a recipe, a plan, the output or a run.",
 }
