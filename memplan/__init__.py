@@ -2,8 +2,15 @@
 
 The nouns are `Architecture`, `Recipe`, `Gpu`, `Footprint`, `Profile` and `Plan`;
 `inspect` reads a model into an `Architecture`, `find_gpu` a card's name into a `Gpu`,
-`estimate` and `simulate` turn the three into a `Footprint`, and `measure` runs them
-into a `Profile`.
+`estimate` and `simulate` turn the three into a `Footprint`, `measure` runs them into a
+`Profile`, and `solve` chooses a `Plan`. Importing it loads none of them.
+
+>>> import memplan
+>>> model = memplan.inspect("meta-llama/Llama-2-7b-hf")
+>>> card = memplan.find_gpu("RTX 3060")
+>>> recipe = memplan.Recipe(quantization="nf4-double", batch_size=1)
+>>> memplan.estimate(model, recipe, card).fits
+True
 """
 
 from __future__ import annotations
@@ -18,7 +25,9 @@ if TYPE_CHECKING:
     from memplan.estimator import estimate
     from memplan.footprint import Footprint, Moment
     from memplan.gpu import Gpu, find_gpu
+    from memplan.inference import Inference
     from memplan.plan import Plan
+    from memplan.planner.solve import solve
     from memplan.profile import Profile
     from memplan.profiler import measure
     from memplan.recipe import Recipe
@@ -30,6 +39,7 @@ __all__ = [
     "Architecture",
     "Footprint",
     "Gpu",
+    "Inference",
     "InputError",
     "MemplanError",
     "Moment",
@@ -41,12 +51,14 @@ __all__ = [
     "inspect",
     "measure",
     "simulate",
+    "solve",
 ]
 
 _MODULES = {
     "Architecture": "architecture",
     "Footprint": "footprint",
     "Gpu": "gpu",
+    "Inference": "inference",
     "InputError": "errors",
     "MemplanError": "errors",
     "Moment": "footprint",
@@ -58,6 +70,7 @@ _MODULES = {
     "inspect": "catalog",
     "measure": "profiler",
     "simulate": "simulator",
+    "solve": "planner.solve",
 }
 
 

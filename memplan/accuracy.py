@@ -21,6 +21,7 @@ from memplan.catalog import architecture_of, inspect
 from memplan.errors import InputError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
+from memplan.inference import Inference
 from memplan.life import NO_LIFE
 from memplan.model_source import ModelSource, catalog_names
 from memplan.profile import Profile
@@ -52,6 +53,8 @@ class Case:
     recipe: Recipe
     gpu: Gpu | None
     """None on a CPU."""
+    inference: Inference | None = None
+    """What ran in the place of training, if anything did."""
 
 
 Predictor = Callable[[Case], Footprint]
@@ -158,6 +161,7 @@ def simulated(case: Case, versions: Mapping[str, str]) -> Simulation:
         "gpu": None if case.gpu is None else case.gpu.to_json(),
         "allocator": dataclasses.asdict(AllocatorSettings()),
         "life": dataclasses.asdict(NO_LIFE),
+        "inference": case.inference and dataclasses.asdict(case.inference),
     }
     if case.gpu is None:
         inputs["device"] = "cpu"
@@ -173,11 +177,19 @@ def simulated(case: Case, versions: Mapping[str, str]) -> Simulation:
 def _simulate_now(case: Case) -> Simulation:
     from memplan import simulator
 
+    asked = case.inference
     if case.gpu is not None:
-        return simulator.run(case.architecture, case.recipe, case.gpu)
-    from memplan.simulator.cpu import simulate_on_cpu
+        if asked is not None:
+            from memplan.simulator import inference
 
-    footprint = simulate_on_cpu(case.architecture, case.recipe)
+            return inference.run(case.architecture, case.recipe, asked, case.gpu)
+        return simulator.run(case.architecture, case.recipe, case.gpu)
+    from memplan.simulator.cpu import simulate_inference_on_cpu, simulate_on_cpu
+
+    if asked is not None:
+        footprint = simulate_inference_on_cpu(case.architecture, case.recipe, asked)
+    else:
+        footprint = simulate_on_cpu(case.architecture, case.recipe)
     return Simulation(
         footprint=footprint,
         total_parameters=case.architecture.total_parameters,
@@ -208,6 +220,7 @@ def case_of(run: Profile) -> Case:
         architecture=architecture_of_run(run),
         recipe=run.recipe,
         gpu=None if run.gpu is None else _planned(run.gpu),
+        inference=run.inference,
     )
 
 
@@ -225,8 +238,8 @@ def architecture_of_run(run: Profile) -> Architecture:
 def compare(run: Profile, way: str, predict: Predictor) -> Comparison:
     """A run beside a prediction; raises InputError where it cannot be predicted."""
     if run.footprint is None or not _steps_of(run.footprint):
-        problem = "has no training steps to be compared"
-        raise InputError("run", run.id, problem, "compare runs that trained")
+        problem = "has neither training steps nor answers to be compared"
+        raise InputError("run", run.id, problem, "compare runs that have")
     case = case_of(run)
     footprint = predict(case)
     measured = _readings(run.footprint, run.footprint) if run.has_measured else {}
@@ -462,8 +475,11 @@ def write_residuals(comparisons: Iterable[Comparison], file: Path) -> None:
 
 
 def _steps_of(footprint: Footprint) -> set[str]:
-    """`1` and `2` for the steps that were read; `training` for all of them as one."""
-    steps = {m.label.partition(".")[0] for m in footprint.moments if m.in_training}
+    """`1` and `2` for the steps that were read; `training` for all of them as one.
+
+    Of inference, its moments.
+    """
+    steps = {m.label.partition(".")[0] for m in footprint.moments if m.counts}
     return steps or {m.label for m in footprint.moments if m.label == TRAINING}
 
 

@@ -92,6 +92,13 @@ class Architecture:
     """What a model is made of.
 
     `total_parameters` counts a tied weight once.
+
+    >>> import memplan
+    >>> gpt2 = memplan.inspect("openai-community/gpt2")
+    >>> gpt2.num_layers, gpt2.hidden_size, gpt2.total_parameters
+    (12, 768, 124439808)
+    >>> [linear.path for linear in gpt2.blocks[0].linears]
+    ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
     """
 
     name: str

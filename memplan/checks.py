@@ -41,6 +41,25 @@ def check(
     )
 
 
+def check_inference(
+    architecture: Architecture, recipe: Recipe, gpu: Gpu | None, *, adapted: bool
+) -> tuple[str, ...]:
+    """Notes on inference with what the recipe tunes; errors likewise.
+
+    Of a model without adapters nothing but its own layers matters.
+    """
+    if adapted:
+        return check(architecture, recipe, gpu)
+    _check_model(architecture)
+    _check_positions(architecture, recipe)
+    _check_card(recipe, gpu)
+    return (
+        *architecture.notes,
+        *_position_notes(architecture, recipe),
+        *_card_notes(recipe, gpu),
+    )
+
+
 def _check_model(architecture: Architecture) -> None:
     if not architecture.generative:
         raise InputError(

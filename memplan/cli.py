@@ -17,7 +17,7 @@ from memplan import __version__
 from memplan.errors import MemplanError, near_names
 
 COMMANDS = {
-    "estimate": "Estimate a fine-tune's memory at once, term by term.",
+    "estimate": "Estimate a fine-tune's memory, or inference's, term by term.",
     "fits": "Say what fits on a card: models by ways to fine-tune them.",
     "compare": "Compare fine-tunes, term by term.",
     "export": "Write a plan or a recipe as the files that a trainer takes.",
@@ -25,16 +25,20 @@ COMMANDS = {
     "inspect": "Show what a model is made of.",
     "models": "List the models that the catalog knows.",
     "plan": "Choose the recipe, and a rank for every module, that fit a card.",
-    "simulate": "Simulate a fine-tune's memory, byte for byte, without a card.",
+    "simulate": "Simulate a fine-tune's memory, or inference's, byte for byte.",
     "profile": "Measure a real short fine-tune, in a process of its own.",
     "runs": "List measured runs, show one, or import others'.",
     "validate": "Compare predictions with everything that was measured.",
     "explain": "Show why a measured run differs from its prediction.",
-    "doctor": "Measure this machine's CUDA context and card, once.",
-    "why-not": "Say why a recipe does not fit a card, and what would change that.",
+    "doctor": "Measure this machine's card, once, and say what is missing.",
+    "why-not": "Say why a recipe does not fit a card, and what would change it.",
+    "completion": "Print the script by which a shell completes words.",
     "schema": "Print the JSON schema of a recipe, a plan, the output or a run.",
 }
 """Each command with its line of help; its module is of the same name."""
+
+COMPLETION_VARIABLE = "_MEMPLAN_COMPLETE"
+"""What a shell sets when it asks for words (click.shell_completion)."""
 
 EXIT_INTERNAL_ERROR = 3
 EXIT_INTERRUPTED = 130
@@ -53,6 +57,10 @@ class LazyGroup(click.Group):
             f"memplan.commands.{cmd_name.replace('-', '_')}"
         )
         command: click.Command = module.command
+        if COMPLETION_VARIABLE in os.environ:
+            from memplan.commands.completion import attach
+
+            return attach(command)
         return command
 
     def format_commands(
@@ -85,6 +93,11 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # A file's name may hold bytes that are no text, and a terminal few characters.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    asked = os.environ.get(COMPLETION_VARIABLE)
+    if asked:
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(group, {}, "memplan", COMPLETION_VARIABLE, asked))
     sys.exit(run(sys.argv[1:]))
 
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import notebook
 from memplan.errors import MemplanError
+from memplan.units import format_bytes
 
 CATEGORIES = (
     "weights",
@@ -21,6 +23,7 @@ CATEGORIES = (
     "optimizer",
     "activations",
     "logits",
+    "kv_cache",
     "workspace",
     "cache",
     "context",
@@ -28,6 +31,7 @@ CATEGORIES = (
 )
 """What a byte is for.
 
+`kv_cache` are the keys and values that generation hands from one token to the next;
 `cache` is what the caching allocator has reserved beyond what is allocated; `context`
 is the CUDA context; `paged` is optimizer state in CUDA's managed memory. The latter two
 lie outside of torch's own numbers.
@@ -35,13 +39,17 @@ lie outside of torch's own numbers.
 
 OUTSIDE_TORCH = ("context", "paged")
 
+GENERATION = ("prefill", "decode")
+"""The moments of inference: the prompts are read; the tokens after the first made."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moment:
     """A stretch of a fine-tune's life, and the peaks within it."""
 
     label: str
-    """`load`, `adapt`, `1.forward`, `1.backward`, ..., `2.optimizer`, `save`, ..."""
+    """`load`, `adapt`, `1.forward`, `1.backward`, ..., `2.optimizer`, `save`, ...; of
+    inference `load`, `adapt`, `merge`, `prefill`, `decode`."""
     allocated_bytes: int
     """What torch.cuda.max_memory_allocated would say."""
     reserved_bytes: int
@@ -56,6 +64,14 @@ class Moment:
         """Whether the moment belongs to a training step."""
         return self.label[0].isdigit()
 
+    @property
+    def counts(self) -> bool:
+        """Whether the moment is one of those that are asked for, not on the way there.
+
+        That is a training step's, or one of inference.
+        """
+        return self.in_training or self.label in GENERATION
+
     def merged(self, later: Moment) -> Moment:
         """Both as one, as those of a step's micro-batches are: the worst of each."""
         worse = max(self, later, key=lambda moment: moment.allocated_bytes)
@@ -68,10 +84,19 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """Bytes through a fine-tune.
+    """Bytes through a fine-tune, or through inference.
 
-    The peak is the worst moment of the training steps, as a loop that resets the
-    counters after loading reads it; the life's peak is the worst of all moments.
+    The peak is the worst moment of the training steps, or of generation, as a loop that
+    resets the counters after loading reads it; the life's peak is the worst of all
+    moments.
+
+    >>> import memplan
+    >>> model = memplan.inspect("Qwen/Qwen2.5-0.5B")
+    >>> found = memplan.estimate(model, memplan.Recipe(), memplan.find_gpu("12GB"))
+    >>> found.peak.label, found.fits
+    ('2.backward', True)
+    >>> sum(found.breakdown.values()) == found.device_bytes(found.peak)
+    True
     """
 
     moments: tuple[Moment, ...]
@@ -93,9 +118,9 @@ class Footprint:
 
     @property
     def peak(self) -> Moment:
-        """The worst of the training steps."""
-        training = [m for m in self.moments if m.in_training]
-        return _worst(training or list(self.moments))
+        """The worst of the training steps, or of generation."""
+        counting = [m for m in self.moments if m.counts]
+        return _worst(counting or list(self.moments))
 
     @property
     def life_peak(self) -> Moment:
@@ -146,6 +171,36 @@ class Footprint:
             "reserved_bytes": moment.reserved_bytes,
             "device_bytes": self.device_bytes(moment),
         }
+
+    def _repr_html_(self) -> str:
+        """The verdict and the breakdown of the peak, as a notebook shows them."""
+        parts = {name: size for name, size in self.breakdown.items() if size}
+        largest = max(parts.values(), default=1)
+        rows = [
+            (name.replace("_", " "), format_bytes(size)) for name, size in parts.items()
+        ]
+        peak = self.peak
+        title = f"at the peak ({peak.label})"
+        shares = [size / largest for size in parts.values()]
+        return (
+            notebook.paragraph(self.verdict, strong=True)
+            + notebook.table((title, "bytes"), rows, shares)
+            + "".join(map(notebook.paragraph, self.notes))
+        )
+
+    @property
+    def verdict(self) -> str:
+        """Whether it fits and by how much; the peak where no card is given."""
+        peak, margin_bytes = self.life_peak, self.margin_bytes
+        if margin_bytes is None:
+            return (
+                f"Peak {format_bytes(peak.allocated_bytes)} allocated, "
+                f"{format_bytes(peak.reserved_bytes)} reserved, in {peak.label}"
+            )
+        where = self.failed_moment or peak.label
+        if margin_bytes < 0:
+            return f"Does not fit: {format_bytes(-margin_bytes)} short in {where}"
+        return f"Fits: {format_bytes(margin_bytes)} to spare in {where}"
 
     def to_json(self) -> dict[str, Any]:
         """The footprint's part of the printed object."""

@@ -69,6 +69,13 @@ class Gpu:
     """The device that trains, and how much of its memory training may have.
 
     Raises InputError when nothing is left for training.
+
+    >>> import memplan
+    >>> card = memplan.find_gpu("RTX 3060", reserve_bytes=2**30)
+    >>> card.name, card.compute_capability
+    ('GeForce RTX 3060 12GB', (8, 6))
+    >>> card.budget_bytes == card.capacity_bytes - card.context_bytes - 2**30
+    True
     """
 
     name: str

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import InputError, UnknownNameError
+from memplan.inference import ADAPTERS, Inference
 from memplan.recipe import Recipe, parse_json_or_yaml
 
 FIELD = "--grid"
@@ -27,8 +28,8 @@ class GridRun:
 
     model: str
     recipe: Recipe
-    inference: bool = False
-    """Whether the model only runs forward, without adapters."""
+    inference: Inference | None = None
+    """The answers that are made in the place of training, if any are."""
 
 
 def read_grid(file: str, given: Mapping[str, Any] | None = None) -> tuple[GridRun, ...]:
@@ -70,8 +71,32 @@ def _expand(
         yield GridRun(
             model=model,
             recipe=Recipe.from_mapping(keys),
-            inference=bool(run.get("inference", above.get("inference", False))),
+            inference=_inference(
+                run.get("inference", above.get("inference", False)), where
+            ),
         )
+
+
+def _inference(told: Any, where: str) -> Inference | None:
+    """What `inference` stands for: true, false, or what is given of it."""
+    if not told:
+        return None
+    given = {} if told is True else told
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"{FIELD} {where}",
+            told,
+            "is no inference",
+            "write `inference: {adapters: none, new_tokens: 64}`, or true",
+        )
+    _check_keys(given, ("new_tokens", "adapters"), where)
+    whole = {**Inference().to_json(), **given}
+    if whole["adapters"] not in ADAPTERS:
+        raise UnknownNameError("adapters", str(whole["adapters"]), ADAPTERS)
+    tokens = whole["new_tokens"]
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise InputError("new_tokens", tokens, "is no count", "give 1 or more")
+    return Inference.from_json(whole)
 
 
 def _check_keys(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

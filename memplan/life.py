@@ -131,7 +131,7 @@ class LifeOptions:
         self, batch_size: int, architecture: Architecture, recipe: Recipe
     ) -> Generation | None:
         """The tokens that are asked for; by default at most what there is room for."""
-        room = _room(architecture, recipe)
+        room = room_for_tokens(architecture, recipe)
         num_tokens = self.generate
         if num_tokens is None:
             num_tokens = min(GENERATED_TOKENS, room) if self.whole else 0
@@ -148,7 +148,7 @@ class LifeOptions:
         return Generation(batch_size=batch_size, num_tokens=num_tokens)
 
 
-def _room(architecture: Architecture, recipe: Recipe) -> int:
+def room_for_tokens(architecture: Architecture, recipe: Recipe) -> int:
     """Tokens that may follow a prompt before the learned positions end."""
     if not architecture.learned_positions or architecture.max_positions is None:
         return sys.maxsize

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memplan import notebook
 from memplan.errors import InputError
 from memplan.footprint import OUTSIDE_TORCH, Footprint, Moment
 from memplan.gpu import Gpu
@@ -45,7 +46,10 @@ class Rejected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A recipe that fits a card, how it was chosen, and what was proven of it."""
+    """A recipe that fits a card, how it was chosen, and what was proven of it.
+
+    `solve` makes one; its file is what `to_json` gives, and is a recipe file, too.
+    """
 
     model: str
     recipe: Recipe
@@ -82,6 +86,21 @@ class Plan:
     def hash(self) -> str:
         """What tells the decision apart: the model, the recipe and the card."""
         return decision_hash(self.model, self.recipe, self.gpu.to_json())
+
+    def _repr_html_(self) -> str:
+        """What to run, what it takes and why, as a notebook shows it."""
+        asked = self.recipe.to_json()
+        rows = [
+            (key, f"{value}")
+            for key, value in asked.items()
+            if value not in (None, {}, [])
+        ]
+        return (
+            notebook.paragraph(f"{self.model} on {self.gpu.name}", strong=True)
+            + self.footprint._repr_html_()
+            + notebook.table(("key", "value"), rows)
+            + "".join(map(notebook.paragraph, self.reasons))
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan's file: the keys of every footprint, and `plan`."""

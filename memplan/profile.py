@@ -11,6 +11,7 @@ from typing import Any
 from memplan.errors import InputError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.recipe import Recipe
 
 SCHEMA = 1
@@ -43,6 +44,7 @@ class Profile:
     """One measured run.
 
     A reading of 0 bytes was not taken: sources tell some of them and not others.
+    `measure` makes one; `from_json(run.to_json())` gives it again.
     """
 
     id: str
@@ -75,6 +77,11 @@ class Profile:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Versions of packages, of Python, CUDA and the driver; allocator settings."""
     seed: int = 0
+    inference: Inference | None = None
+    """The answers that were made in the place of training, if any were."""
+    answer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What came of saving what was tuned, loading it anew and asking it for tokens;
+    empty where that was not asked for."""
     weights: str = "random"
     """`random`, or `checkpoint` where from_pretrained loaded them."""
     measured_at: str = ""
@@ -121,6 +128,8 @@ class Profile:
             "losses": list(self.losses),
             "environment": dict(self.environment),
             "seed": self.seed,
+            "inference": None if self.inference is None else self.inference.to_json(),
+            "answer": dict(self.answer),
             "weights": self.weights,
             "trace": self.trace,
             "notes": list(self.notes),
@@ -154,11 +163,15 @@ def slug(text: str) -> str:
 
 def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
     footprint, gpu = data["footprint"], data["gpu"]
+    # Records of before inference and answers were measured do not speak of them.
+    inference = data.get("inference")
     return {
         **{key: data[key] for key in _PLAIN_KEYS},
         "recipe": Recipe.from_mapping(data["recipe"]),
         "footprint": None if footprint is None else _footprint(footprint),
         "gpu": None if gpu is None else _gpu(gpu),
+        "answer": data.get("answer", {}),
+        "inference": None if inference is None else Inference.from_json(inference),
         "outcome": data["outcome"]["status"],
         "message": data["outcome"]["message"],
         **{key: tuple(data[key]) for key in ("step_seconds", "losses", "notes")},

@@ -54,6 +54,11 @@ class Recipe:
 
     Raises InputError for a value that its field cannot hold. Fields that are not given
     take what the trainer's loop really does, and `alpha` takes twice the rank.
+
+    >>> import memplan
+    >>> qlora = memplan.Recipe(rank=8, quantization="nf4-double", batch_size=2)
+    >>> qlora.method, qlora.alpha, qlora.tokens
+    ('lora', 16.0, 1024)
     """
 
     trainer: str = _key(

@@ -184,6 +184,27 @@ class LayerTape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CachedLayer:
+    """What generation keeps of the tokens that a layer of some kind has read."""
+
+    count: int
+    """How many layers of the kind do; others may read what an earlier one keeps."""
+    tensors: tuple[Polynomial, ...]
+    """Keys and values, in sequences B and tokens T; states without T do not grow."""
+    window: int | None
+    """The most tokens that are kept once tokens come one by one; None for all."""
+    grows: bool
+    """Whether a new token makes a tensor anew, joined from the old one and its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheTape:
+    """What a model's layers keep, by the kinds of its architecture's stack."""
+
+    layers: tuple[CachedLayer, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LossTape:
     """The head and the loss, from the last hidden states and back to their gradient.
 
@@ -272,6 +293,21 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
         holds_input=data["holds_input"],
         sticks=data["sticks"],
         kept=tuple(data["kept"]),
+    )
+
+
+def pass_tape(data: Sequence[Any]) -> Stretch:
+    """The forward of a linear layer without autograd that `to_json` wrote."""
+    return _stretch(data)
+
+
+def cache_tape(data: Mapping[str, Any]) -> CacheTape:
+    """The tape that `to_json` wrote."""
+    return CacheTape(
+        layers=tuple(
+            CachedLayer(**one | {"tensors": tuple(one["tensors"])})
+            for one in data["layers"]
+        )
     )
 
 

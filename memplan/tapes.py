@@ -22,17 +22,27 @@ from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
 from memplan.store import profiles_path, write_bytes
 from memplan.tape import (
+    CacheTape,
     LayerRegime,
     LayerTape,
     LossRegime,
     LossTape,
     ModelTape,
     Regime,
+    Stretch,
 )
 from memplan.track import LayerTrack, LossTrack, ModelTrack
 
 Tape = TypeVar(
-    "Tape", ModelTape, LossTape, LayerTape, ModelTrack, LossTrack, LayerTrack
+    "Tape",
+    ModelTape,
+    LossTape,
+    LayerTape,
+    CacheTape,
+    Stretch,
+    ModelTrack,
+    LossTrack,
+    LayerTrack,
 )
 
 Kind = Literal["tapes", "tracks"]
@@ -41,6 +51,9 @@ KINDS: tuple[Kind, ...] = ("tapes", "tracks")
 
 LAYERS = "layers"
 """The file of the tapes of linear layers, which belong to no model."""
+
+INFERENCE = "inference"
+"""The file of the tapes of inference alone: of linear layers, and of models' caches."""
 
 
 class TapeFile:
@@ -55,7 +68,7 @@ class TapeFile:
     def find(
         self,
         key: str,
-        read: Callable[[Mapping[str, Any]], Tape],
+        read: Callable[[Any], Tape],
         trace: Callable[[], Tape],
     ) -> Tape:
         """The tape of that key: read where it is known, else traced and kept."""
@@ -135,6 +148,32 @@ def model_track(architecture: Architecture, regime: Regime) -> ModelTrack:
     return file_of(architecture, "tracks").find(regime.key, track.model_track, trace)
 
 
+def pass_tape(regime: LayerRegime, *, fused: bool) -> Stretch:
+    """The forward of a linear layer without autograd; likewise."""
+
+    def trace() -> Stretch:
+        made: Stretch = _taping(None).trace_pass(regime, fused=fused)
+        return made
+
+    key = f"{regime.key} fused" if fused else regime.key
+    return inference_file().find(key, tape.pass_tape, trace)
+
+
+def cache_tape(architecture: Architecture) -> CacheTape:
+    """The tape of what a model keeps from token to token; likewise."""
+
+    def trace() -> CacheTape:
+        made: CacheTape = _taping(architecture).trace_cache(architecture)
+        return made
+
+    return inference_file().find(name_of(architecture), tape.cache_tape, trace)
+
+
+def inference_file() -> TapeFile:
+    """The tapes of inference alone."""
+    return _file(INFERENCE, "tapes")
+
+
 def loss_track(architecture: Architecture, regime: LossRegime) -> LossTrack:
     """The track of a model's head and loss; likewise."""
 
@@ -194,8 +233,8 @@ def shipped_path(name: str, kind: Kind = "tapes") -> Path:
 
 def text(made: Any) -> str:
     """A tape or a track as its line holds it."""
-    of_tape = isinstance(made, ModelTape | LossTape | LayerTape)
-    told = tape.to_json(made) if of_tape else track.to_json(made)
+    of_track = isinstance(made, ModelTrack | LossTrack | LayerTrack)
+    told = track.to_json(made) if of_track else tape.to_json(made)
     return json.dumps(told, separators=(",", ":"))
 
 

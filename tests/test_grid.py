@@ -12,6 +12,7 @@ from memplan import registry
 from memplan.catalog import inspect
 from memplan.errors import InputError
 from memplan.grid import GridRun, read_grid
+from memplan.inference import Inference
 from memplan.recipe import Recipe
 from memplan.store import profiles_path, read_json
 
@@ -37,7 +38,9 @@ def test_what_is_nearer_wins_and_values_are_varied(tmp_path: Path) -> None:
     assert read_grid(grid(tmp_path, content), {"batch_size": 3}) == (
         GridRun(model="above", recipe=Recipe(rank=8, batch_size=3)),
         GridRun(model="above", recipe=Recipe(rank=8, batch_size=3, quantization="nf4")),
-        GridRun(model="own", recipe=Recipe(rank=2, batch_size=3), inference=True),
+        GridRun(
+            model="own", recipe=Recipe(rank=2, batch_size=3), inference=Inference()
+        ),
     )
 
 

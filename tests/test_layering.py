@@ -14,10 +14,12 @@ PACKAGE = Path(memplan.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("units", "registry", "store"),
+    ("units", "registry", "store", "notebook"),
     ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
-    ("life", "profile", "plan", "simulation", "validation", "kernels", "cublas"),
+    ("life",),
+    ("inference",),
+    ("profile", "plan", "simulation", "validation", "kernels", "cublas"),
     ("tape",),
     ("runs", "grid"),
     ("importers",),

@@ -138,5 +138,24 @@ def test_a_run_that_says_too_little_is_an_error(
 def test_without_a_card_doctor_says_so() -> None:
     ran = run("doctor")
 
-    assert (ran.code, ran.out) == (2, "")
-    assert "finds no NVIDIA driver" in ran.err
+    assert (ran.code, ran.err) == (0, "")
+    assert "none was found" in ran.out
+    assert "Missing: card" in ran.out
+    assert "finds no NVIDIA driver" in ran.out
+    printed = json.loads(run("doctor", "--json").out)
+    jsonschema.validate(printed, output_schema())
+    assert printed["machine"] is None
+    assert "card" in printed["missing"]
+
+
+def test_without_torch_doctor_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "trl"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = run("doctor")
+
+    assert ran.code == 0
+    assert "Missing: torch" in ran.out
+    assert "pip install 'memplan[torch]'" in ran.out
+    assert "pip install trl" in ran.out

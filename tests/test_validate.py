@@ -91,7 +91,7 @@ def test_a_run_that_ran_out_of_memory_has_a_verdict_alone() -> None:
 def test_a_run_without_steps_cannot_be_compared() -> None:
     loaded = Footprint(moments=(moment("load", 500, 600),))
 
-    with pytest.raises(InputError, match="no training steps"):
+    with pytest.raises(InputError, match="neither training steps nor answers"):
         compare(measured(footprint=loaded), "simulate", predict)
 
 

@@ -14,17 +14,23 @@ from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
+    inference_options,
     json_option,
     lengths_of,
     lengths_option,
     model_argument,
     recipe_options,
     take_gpu,
+    take_inference,
     take_recipe_keys,
     trust_option,
 )
+from memplan.errors import InputError
+from memplan.estimator import inference as closed_form
 from memplan.estimator.equations import terms
 from memplan.estimator.limits import Limits, limits
+from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.lengths import Lengths
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
@@ -38,6 +44,7 @@ from memplan.reporters.footprint import report_notes
 @recipe_options
 @gpu_options
 @lengths_option
+@inference_options
 @click.option("--explain", is_flag=True, help="Print the equations with their numbers.")
 @trust_option
 @json_option
@@ -49,7 +56,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Estimate a fine-tune's memory at once, term by term.
+    """Estimate a fine-tune's memory, or inference's, term by term.
 
     MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
     card is too small.
@@ -57,10 +64,14 @@ def command(
     keys, named = take_recipe_keys(options)
     recipe = Recipe.from_mapping(keys)
     gpu = take_gpu(options)
+    inference = take_inference(options)
     source = read_config(
         model_argument(model, named), trust_remote_code=trust_remote_code
     )
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    if inference is not None:
+        _refuse_lengths(lengths_file)
+        return _answer(architecture, recipe, inference, gpu, explain, as_json)
     found = lengths_of(lengths_file, source.name, keys)
     if found is not None:
         recipe = longest_batch(recipe, found, padded=keys.get("padded"))
@@ -93,6 +104,57 @@ def command(
         _report_rest(architecture, recipe, room, found, made)
         report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
     return 1 if footprint.fits is False else 0
+
+
+def _answer(  # noqa: PLR0913 - each is a part of what is asked and told
+    architecture: Architecture,
+    recipe: Recipe,
+    inference: Inference,
+    gpu: Gpu | None,
+    explain: bool,
+    as_json: bool,
+) -> int:
+    """Estimates and prints inference; the exit code."""
+    estimate = closed_form.run(architecture, recipe, inference, gpu)
+    inference = estimate.parts.inference
+    room = None if gpu is None else closed_form.limits(estimate, gpu)
+    footprint = estimate.footprint
+    listed = closed_form.inference_terms(estimate)
+    if as_json:
+        json.print_object(
+            json.footprint_object(
+                "estimate",
+                architecture.name,
+                recipe,
+                gpu,
+                footprint,
+                estimate.parameters,
+                inference,
+            )
+            | {
+                "margin_bytes": footprint.margin_bytes,
+                "limits": None if room is None else room.to_json(),
+                "terms": [term.to_json() for term in listed],
+            }
+        )
+    else:
+        reporter.report(architecture, recipe, gpu, estimate, listed, inference)
+        if explain:
+            reporter.report_equations(listed)
+        if room is not None:
+            reporter.report_limits(architecture, recipe, room)
+        report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
+    return 1 if footprint.fits is False else 0
+
+
+def _refuse_lengths(lengths_file: str | None) -> None:
+    if lengths_file is not None:
+        raise InputError(
+            "--lengths",
+            lengths_file,
+            "is of training's batches",
+            "leave it out, or --inference",
+        )
 
 
 def lengths_json(found: Lengths | None, made: Sequence[Batch]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import click
 from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
+from memplan.inference import ADAPTERS, SEPARATE, Inference
 from memplan.lengths import Lengths, read_lengths, tokens_of
-from memplan.life import MERGE_PLACES, LifeOptions
+from memplan.life import GENERATED_TOKENS, MERGE_PLACES, LifeOptions
 from memplan.recipe import (
     Printed,
     Recipe,
@@ -167,6 +168,52 @@ def take_life(options: dict[str, Any]) -> LifeOptions:
         save=options.pop("save"),
         merge=options.pop("merge"),
         resume=options.pop("resume"),
+    )
+
+
+def inference_options(function: Function) -> Function:
+    """The options that ask for inference in the place of a fine-tune."""
+    options = (
+        click.option(
+            "--inference",
+            "asks_inference",
+            is_flag=True,
+            help="Answer a batch of prompts instead of training; they are as long as "
+            "the sequence length.",
+        ),
+        click.option(
+            "--new-tokens",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help=f"Tokens of an answer [{GENERATED_TOKENS}].",
+        ),
+        click.option(
+            "--adapters",
+            type=click.Choice(ADAPTERS),
+            help="Adapters beside the weights, merged into them, or none at all "
+            f"[{SEPARATE}].",
+        ),
+    )
+    return _decorated(function, options)
+
+
+def take_inference(options: dict[str, Any]) -> Inference | None:
+    """The inference that the command's options ask for; None where they do not.
+
+    Takes its options out of the command's.
+    """
+    asked = options.pop("asks_inference")
+    new_tokens = options.pop("new_tokens")
+    adapters = options.pop("adapters")
+    if not asked:
+        for name, value in (("--new-tokens", new_tokens), ("--adapters", adapters)):
+            if value is not None:
+                raise InputError(
+                    name, value, "is of inference alone", "give --inference as well"
+                )
+        return None
+    return Inference(
+        num_tokens=new_tokens or GENERATED_TOKENS, adapters=adapters or SEPARATE
     )
 
 

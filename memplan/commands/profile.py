@@ -14,13 +14,16 @@ from memplan import runs
 from memplan.commands.options import (
     RecipeCommand,
     given_keys,
+    inference_options,
     json_option,
     model_argument,
     recipe_options,
+    take_inference,
     take_recipe,
 )
 from memplan.errors import InputError, MeasurementError, MissingExtraError
 from memplan.grid import GridRun, read_grid
+from memplan.inference import Inference
 from memplan.model_source import read_config
 from memplan.profile import Profile
 from memplan.reporters import json, terminal
@@ -53,8 +56,12 @@ FINISHED = ("ok", "out-of-memory")
     help="Load the checkpoint's weights instead of random ones.",
 )
 @click.option("--data", default="", metavar="FILE", help="Texts to train on, or JSONL.")
+@inference_options
 @click.option(
-    "--inference", is_flag=True, help="Only run the model forward, without adapters."
+    "--generate",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Save what was tuned, load it anew and ask it for so many tokens.",
 )
 @click.option("--trace", is_flag=True, help="Keep the allocator's event history.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -86,8 +93,16 @@ def command(
     file. Exits with 1 where memory does not suffice.
     """
     given = given_keys(options)
+    inference = take_inference(options)
     recipe, named = take_recipe(options)
-    settings = _Settings(**options)
+    settings = _Settings(inference=inference, **options)
+    if inference is not None and settings.generate is not None:
+        raise InputError(
+            "--generate",
+            settings.generate,
+            "asks what was tuned, and --inference tunes nothing",
+            "leave out either",
+        )
     _check_installed()
     folder = Path(out)
     runs.prepare(folder)
@@ -109,6 +124,7 @@ def command(
     run = _measure(asked, settings, device, folder, quiet=as_json)
     if run.outcome not in FINISHED or run.footprint is None:
         raise MeasurementError(f"{run.outcome}: {run.message}")
+    _check_answer(run)
     if as_json:
         json.print_object(_object(run))
     else:
@@ -125,7 +141,8 @@ class _Settings:
     device: str
     weights: bool
     data: str
-    inference: bool
+    inference: Inference | None
+    generate: int | None
     trace: bool
     seed: int
     time_limit: float | None
@@ -185,6 +202,15 @@ def _measure(
     return run
 
 
+def _check_answer(run: Profile) -> None:
+    """Raises MeasurementError where what was tuned cannot be used."""
+    if run.answer.get("problem"):
+        raise MeasurementError(
+            f"{run.id}: measured, but what was tuned cannot be used as it was saved: "
+            f"{run.answer['problem']}"
+        )
+
+
 def _task(asked: GridRun, settings: _Settings, device: Any) -> tuple[Any, str]:
     """The task and the name of its run."""
     from memplan.profiler import name_of
@@ -201,6 +227,7 @@ def _task(asked: GridRun, settings: _Settings, device: Any) -> tuple[Any, str]:
         weights="checkpoint" if settings.weights else "random",
         data=settings.data,
         inference=asked.inference,
+        generate=0 if asked.inference else settings.generate or 0,
     )
     return task, name_of(task, device.card, json.versions())
 
@@ -225,13 +252,20 @@ def _object(run: Profile) -> dict[str, Any]:
     assert run.footprint is not None
     parameters = {"total": 0, "trainable": 0, **run.parameters}
     return json.footprint_object(
-        "measurement", run.model, run.recipe, run.gpu, run.footprint, parameters
+        "measurement",
+        run.model,
+        run.recipe,
+        run.gpu,
+        run.footprint,
+        parameters,
+        run.inference,
     ) | {
         "fits": None if run.device == "cpu" else run.outcome == "ok",
         "run": run.id,
         "device": run.device,
         "outcome": {"status": run.outcome, "message": run.message},
         "step_seconds": list(run.step_seconds),
+        "answer": dict(run.answer),
         "notes": list(run.notes),
         "versions": json.versions() | dict(run.environment),
     }

@@ -19,19 +19,22 @@ from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
+    inference_options,
     json_option,
     life_options,
     model_argument,
     recipe_options,
     take_gpu,
+    take_inference,
     take_life,
     take_recipe,
     trust_option,
     without_compiler,
 )
-from memplan.errors import MissingExtraError
+from memplan.errors import InputError, MissingExtraError
 from memplan.gpu import Gpu
-from memplan.life import Life
+from memplan.inference import Inference
+from memplan.life import NO_LIFE, Life, LifeOptions
 from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal, timeline
@@ -42,6 +45,7 @@ from memplan.simulation import Sample, Simulation
 @click.argument("model", required=False)
 @recipe_options
 @gpu_options
+@inference_options
 @life_options
 @click.option(
     "--timeline",
@@ -68,7 +72,7 @@ def command(  # noqa: PLR0913 - each is an option
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Simulate a fine-tune's memory, byte for byte, without a card.
+    """Simulate a fine-tune's memory, or inference's, byte for byte.
 
     MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
     card is too small.
@@ -76,15 +80,18 @@ def command(  # noqa: PLR0913 - each is an option
     recipe, named = take_recipe(options)
     on_windows = options["os_name"] == "windows"
     gpu = take_gpu(options)
+    inference = take_inference(options)
     asked = take_life(options)
+    if inference is not None:
+        _refuse_life(asked)
     record = timeline.writer_of(timeline_file) if timeline_file else None
     settings = AllocatorSettings.parse(allocator or "", on_windows=on_windows)
     source = read_config(
         model_argument(model, named), trust_remote_code=trust_remote_code
     )
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
-    life = asked.choose(architecture, recipe)
-    task = _Task(architecture, recipe, gpu, settings, life, record)
+    life = NO_LIFE if inference else asked.choose(architecture, recipe)
+    task = _Task(architecture, recipe, gpu, settings, life, inference, record)
     simulation = _run(task, quiet=as_json)
     if as_json:
         json.print_object(
@@ -95,15 +102,20 @@ def command(  # noqa: PLR0913 - each is an option
                 gpu,
                 simulation.footprint,
                 simulation.parameters,
+                inference,
             )
             | {
                 "host": dict(simulation.host),
-                "residuals": json.residuals(accuracy.comparable_errors(recipe, gpu)),
+                "residuals": json.residuals(
+                    {} if inference else accuracy.comparable_errors(recipe, gpu)
+                ),
             }
         )
     else:
-        footprint.report_simulation(architecture, recipe, gpu, simulation, top)
-        if gpu is not None:
+        footprint.report_simulation(
+            architecture, recipe, gpu, simulation, top, inference
+        )
+        if gpu is not None and inference is None:
             errors = accuracy.comparable_errors(recipe, gpu)
             footprint.report_residuals(recipe, gpu, errors)
     return 1 if simulation.footprint.fits is False else 0
@@ -118,6 +130,8 @@ class _Task:
     gpu: Gpu | None
     settings: AllocatorSettings
     life: Life
+    inference: Inference | None
+    """What is asked for in the place of a fine-tune, if anything is."""
     record: Callable[[Iterable[Sample]], None] | None
     """What takes the memory over the life, where it is asked for."""
 
@@ -130,6 +144,7 @@ class _Task:
             "gpu": None if self.gpu is None else self.gpu.to_json(),
             "allocator": dataclasses.asdict(self.settings),
             "life": dataclasses.asdict(self.life),
+            "inference": self.inference and dataclasses.asdict(self.inference),
         }
         return results.key(inputs, json.versions())
 
@@ -149,17 +164,45 @@ def _run(task: _Task, *, quiet: bool) -> Simulation:
     ):
         told("imports")
         simulator = import_simulator(task.recipe)
-        simulation: Simulation = simulator.run(
+        simulation = _simulate(task, simulator, told)
+    results.keep(name, simulation)
+    return simulation
+
+
+def _simulate(task: _Task, simulator: Any, told: Callable[[str], None]) -> Simulation:
+    if task.inference is not None:
+        from memplan.simulator import inference
+
+        return inference.run(
             task.architecture,
             task.recipe,
+            task.inference,
             task.gpu,
             task.settings,
             told,
-            life=task.life,
             record=task.record,
         )
-    results.keep(name, simulation)
-    return simulation
+    found: Simulation = simulator.run(
+        task.architecture,
+        task.recipe,
+        task.gpu,
+        task.settings,
+        told,
+        life=task.life,
+        record=task.record,
+    )
+    return found
+
+
+def _refuse_life(asked: LifeOptions) -> None:
+    """Raises InputError for moments of a fine-tune's life beside inference."""
+    if asked != LifeOptions():
+        raise InputError(
+            "--inference",
+            "true",
+            "asks for no fine-tune, whose life other options are of",
+            "leave out either",
+        )
 
 
 def import_simulator(recipe: Recipe) -> Any:

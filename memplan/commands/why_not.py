@@ -1,4 +1,4 @@
-"""`memplan why-not`: why a recipe does not fit, and what would change that."""
+"""`memplan why-not`: why a recipe does not fit, and what would change it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from memplan.reporters import why_not as reporter
 def command(
     model: str | None, trust_remote_code: bool, as_json: bool, **options: Any
 ) -> int:
-    """Say why a recipe does not fit a card, and what would change that.
+    """Say why a recipe does not fit a card, and what would change it.
 
     MODEL is a catalog name, a hub id, a folder or a config.json. Exits with 1 where the
     recipe does not fit.

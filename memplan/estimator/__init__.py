@@ -57,6 +57,15 @@ def estimate(
     through the allocator's rules. Without a card, kernels are those of compute
     capability 8.6. Raises InputError for a recipe that cannot run, MissingExtraError
     where a tape has to be traced first.
+
+    >>> import memplan
+    >>> model = memplan.inspect("meta-llama/Llama-2-7b-hf")
+    >>> recipe = memplan.Recipe(quantization="nf4-double")
+    >>> footprint = memplan.estimate(model, recipe)
+    >>> [moment.label for moment in footprint.moments][:3]
+    ['load', 'adapt', '1.forward']
+    >>> footprint.breakdown["quantization_state"]
+    103251968
     """
     return replayed(run(architecture, recipe, gpu), gpu).footprint
 

@@ -51,7 +51,7 @@ def largest_batch(estimate: Estimate, gpu: Gpu) -> int | None:
     """The most sequences of the recipe's length that fit in a micro-batch."""
     room = _Room(estimate.parts, gpu)
     length = estimate.parts.recipe.sequence_length
-    return _last_fitting(
+    return last_fitting(
         lambda batch: room.margin_bytes(batch, length), range(1, LARGEST_BATCH + 1)
     )
 
@@ -63,9 +63,9 @@ def longest_sequence(estimate: Estimate, gpu: Gpu) -> int | None:
     """
     room = _Room(estimate.parts, gpu)
     batch = estimate.parts.recipe.batch_size
-    return _last_fitting(
+    return last_fitting(
         lambda length: room.margin_bytes(batch, length),
-        _lengths(estimate.parts.architecture),
+        lengths_of(estimate.parts.architecture),
     )
 
 
@@ -101,13 +101,14 @@ class _Room:
         return parts.tape.window is not None and length > parts.tape.window
 
 
-def _lengths(architecture: Architecture) -> range:
+def lengths_of(architecture: Architecture) -> range:
+    """The sequences that are tried, up to the positions a model is configured for."""
     longest = min(architecture.max_positions or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
     step = min(LENGTH_STEP, longest)
     return range(step, longest + 1, step)
 
 
-def _last_fitting(margin: Callable[[int], int], values: range) -> int | None:
+def last_fitting(margin: Callable[[int], int], values: range) -> int | None:
     """The last of rising values whose margin, which falls, is not negative.
 
     Guesses lie where the line between two margins crosses zero (false position, with

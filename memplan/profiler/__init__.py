@@ -24,6 +24,7 @@ from memplan.architecture import Architecture
 from memplan.errors import InputError, MeasurementError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
+from memplan.inference import NONE
 from memplan.profile import Profile, slug
 from memplan.profiler.task import Task, read_events
 from memplan.recipe import Recipe
@@ -89,6 +90,16 @@ def measure(
     `device` is `cuda`, `cpu`, or `auto`: a card where there is one. Running out of
     memory is an outcome. Raises InputError for what cannot be run as asked, and
     MeasurementError where the process dies.
+
+    >>> import json, memplan, pathlib, tempfile
+    >>> config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "config.json"
+    ...     _ = file.write_text(json.dumps(config))
+    ...     small = memplan.inspect(str(file))
+    >>> run = memplan.measure(small, memplan.Recipe(sequence_length=16), device="cpu")
+    >>> run.outcome, len(run.losses)
+    ('ok', 3)
     """
     found = Device.find(device)
     task = Task(
@@ -149,11 +160,21 @@ def name_of(task: Task, card: str, versions: Mapping[str, str]) -> str:
     recipe = task.recipe
     parts = (
         task.model.rpartition("/")[2].removesuffix(".json"),
-        "inference" if task.inference else recipe.method,
+        *_told_of(task),
         recipe.quantization,
         f"b{recipe.batch_size}-s{recipe.sequence_length}",
     )
     return f"{slug('-'.join(parts))}-{digest[:10]}"
+
+
+def _told_of(task: Task) -> Iterator[str]:
+    """What a run's name says of its method."""
+    if task.inference is None:
+        yield task.recipe.method
+        return
+    yield "inference"
+    if task.inference.adapters != NONE:
+        yield f"{task.recipe.method}-{task.inference.adapters}"
 
 
 def _start(task: Task, journal: Path, output: Any) -> subprocess.Popen[bytes]:
@@ -238,6 +259,7 @@ class Found:
     card: Mapping[str, Any] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, int] = field(default_factory=dict)
+    answer: Mapping[str, Any] = field(default_factory=dict)
     finish: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -346,6 +368,8 @@ def profile_of(task: Task, name: str, found: Found, source: str = SOURCE) -> Pro
         losses=tuple(found.losses),
         environment=found.environment,
         seed=task.seed,
+        inference=task.inference,
+        answer=found.answer,
         weights=task.weights,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         trace=task.trace,

@@ -17,15 +17,19 @@ import torch
 from torch import nn
 
 from memplan import checks
+from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
 from memplan.errors import InputError
+from memplan.inference import MERGED, NONE, loaded_as
 from memplan.model_source import ModelSource
 from memplan.profiler import loops
+from memplan.profiler.answer import check_answer
 from memplan.profiler.cpu_meter import CpuMeter
 from memplan.profiler.cuda_meter import CudaMeter
 from memplan.profiler.environment import card, environment
 from memplan.profiler.meter import Meter, Moments
 from memplan.profiler.task import Journal, Task
+from memplan.training import life as training_life
 from memplan.training import model as training_model
 from memplan.training.loss import prepare_loss
 from memplan.training.values import materialize
@@ -85,23 +89,51 @@ def _fine_tune(
     source = ModelSource(name=task.model, origin="file", config=dict(task.config))
     architecture = architecture_of(source)
     recipe = loops.build_recipe(task.recipe)
-    if not task.inference:
-        checks.check(architecture, task.recipe, None)
+    if task.inference is not None:
+        _answer(task, architecture, device, moments)
+        _tell_parameters(journal, architecture.total_parameters, 0)
+        return None
+    checks.check(architecture, task.recipe, None)
     moments.begin("load")
     model = _load(task, architecture, recipe, device)
     moments.hold(model)
     vocab_size = architecture.vocab_size
-    if task.inference:
-        loops.infer(model, task, vocab_size, moments)
-        _tell_parameters(journal, architecture.total_parameters, 0)
-        return None
     moments.begin("adapt")
     training_model.prepare(model, recipe)
     adapted = training_model.adapt(model, architecture, recipe)
     trained = sum(p.numel() for p in training_model.trained_parameters(adapted))
     _tell_parameters(journal, architecture.total_parameters, trained)
     del model
-    return loops.train(adapted, task, vocab_size, moments)
+    optimizer = loops.train(adapted, task, vocab_size, moments)
+    if task.generate:
+        moments.begin("generate")
+        answer = check_answer(adapted, task, vocab_size)
+        moments.end()
+        journal.write("answer", **answer)
+    return optimizer
+
+
+def _answer(
+    task: Task, architecture: Architecture, device: torch.device, moments: Moments
+) -> None:
+    """Loads the model and its adapters, and answers a batch of prompts."""
+    assert task.inference is not None
+    recipe = loaded_as(task.recipe)
+    adapters = task.inference.settled(architecture, recipe).adapters
+    checks.check_inference(architecture, recipe, None, adapted=adapters != NONE)
+    moments.begin("load")
+    model = _load(task, architecture, recipe, device)
+    moments.hold(model)
+    if adapters != NONE:
+        moments.begin("adapt")
+        training_model.prepare(model, recipe)
+        model = training_model.adapt(model, architecture, recipe)
+        training_life.save(model, task.folder)
+        training_life.load_adapters(model, task.folder)
+    if adapters == MERGED:
+        moments.begin("merge")
+        model = training_life.merge(model)
+    loops.infer(model, task, architecture.vocab_size, moments)
 
 
 def _load(

@@ -21,11 +21,14 @@ from torch import nn
 
 from memplan import optimizers
 from memplan.errors import InputError
+from memplan.inference import loaded_as
+from memplan.life import Generation
 from memplan.profiler.data import batches, collate, rows_of
 from memplan.profiler.meter import Moments
 from memplan.profiler.task import WARM_UP_STEPS, Task
 from memplan.recipe import Recipe, presets
 from memplan.training.attention import repeated_heads
+from memplan.training.life import Generator
 from memplan.training.loss import read_loss, run_forward
 from memplan.training.model import trained_parameters
 from memplan.training.step import autocast
@@ -71,14 +74,21 @@ def train(model: nn.Module, task: Task, vocab_size: int, moments: Moments) -> An
 
 
 def infer(model: nn.Module, task: Task, vocab_size: int, moments: Moments) -> None:
-    """Runs the model forward on a batch, without gradients."""
-    recipe, device = task.recipe, _device_of(model)
-    model.eval()
-    moments.begin("inference")
-    batch = next(batches(task, vocab_size, device))
-    with _pinned(recipe.attention), torch.no_grad(), autocast(recipe, device):
-        model(**{name: batch[name] for name in batch if name != "labels"})
-    moments.end()
+    """Answers a batch of prompts, token after token."""
+    assert task.inference is not None
+
+    @contextlib.contextmanager
+    def phase(label: str) -> Iterator[None]:
+        moments.begin(label)
+        yield
+        moments.end()
+
+    generation = Generation(
+        batch_size=task.recipe.batch_size, num_tokens=task.inference.num_tokens
+    )
+    recipe = loaded_as(task.recipe)
+    with _pinned(recipe.attention):
+        Generator(model, recipe, vocab_size, generation).run(phase)
 
 
 class _PlainLoop:

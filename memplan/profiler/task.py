@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memplan.inference import Inference
 from memplan.recipe import Recipe
 
 WARM_UP_STEPS = 1
@@ -32,8 +33,11 @@ class Task:
     """`random`, or `checkpoint` to load them by from_pretrained."""
     data: str = ""
     """A file of texts to train on; random tokens where there is none."""
-    inference: bool = False
-    """Whether the model only runs forward, without adapters and steps."""
+    inference: Inference | None = None
+    """The answers that are made in the place of steps, if any are."""
+    generate: int = 0
+    """Tokens that the tuned model is asked for after it was saved and loaded; 0 where
+    it is not."""
     trace: str = ""
     """The file for the allocator's event history, where it is asked for."""
     seconds: float | None = None
@@ -44,14 +48,23 @@ class Task:
     def to_line(self) -> str:
         """The task as one line."""
         keys = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {"config": dict(self.config), "recipe": self.recipe.to_json()}
+        plain = {
+            "config": dict(self.config),
+            "recipe": self.recipe.to_json(),
+            "inference": self.inference and self.inference.to_json(),
+        }
         return json.dumps(keys | plain) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> Task:
         """The task that `to_line` wrote."""
         keys = json.loads(line)
-        return cls(**keys | {"recipe": Recipe.from_mapping(keys["recipe"])})
+        told = keys["inference"]
+        made = {
+            "recipe": Recipe.from_mapping(keys["recipe"]),
+            "inference": Inference.from_json(told) if told else None,
+        }
+        return cls(**keys | made)
 
 
 class Journal:

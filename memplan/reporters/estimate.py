@@ -8,23 +8,27 @@ from memplan.architecture import Architecture
 from memplan.batching import Batch, fewer_steps
 from memplan.estimator import Estimate
 from memplan.estimator.equations import Term
+from memplan.estimator.inference import InferenceEstimate
 from memplan.estimator.limits import LARGEST_BATCH, Limits
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.lengths import Lengths
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, terminal
 from memplan.units import format_bytes
 
 
-def report(
+def report(  # noqa: PLR0913 - each is a part of what is told
     architecture: Architecture,
     recipe: Recipe,
     gpu: Gpu | None,
-    estimate: Estimate,
+    estimate: Estimate | InferenceEstimate,
     terms: Sequence[Term],
+    inference: Inference | None = None,
 ) -> None:
     """Prints what an estimated fine-tune takes and where it comes from."""
-    terminal.say(footprint.headline(architecture, recipe, estimate.parameters))
+    told = footprint.headline(architecture, recipe, estimate.parameters, inference)
+    terminal.say(told)
     terminal.say(footprint.verdict(estimate.footprint, gpu), style="bold")
     total = sum(term.num_bytes for term in terms) or 1
     peak = f"at the peak ({estimate.footprint.peak.label})"

@@ -8,6 +8,7 @@ from memplan.accuracy import Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
+from memplan.inference import MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
 from memplan.reporters import terminal
 from memplan.simulation import Simulation
@@ -17,16 +18,17 @@ BAR_WIDTH = 24
 """Characters of the longest bar."""
 
 
-def report_simulation(
+def report_simulation(  # noqa: PLR0913 - each is a part of what is told
     architecture: Architecture,
     recipe: Recipe,
     gpu: Gpu | None,
     simulation: Simulation,
     top: int,
+    inference: Inference | None = None,
 ) -> None:
-    """Prints a simulated fine-tune."""
+    """Prints a simulated fine-tune, or inference."""
     footprint = simulation.footprint
-    terminal.say(headline(architecture, recipe, simulation.parameters))
+    terminal.say(headline(architecture, recipe, simulation.parameters, inference))
     terminal.say(verdict(footprint, gpu), style="bold")
     _report_moments(footprint)
     _report_breakdown(footprint)
@@ -63,14 +65,35 @@ def report_notes(notes: Sequence[str]) -> None:
 
 
 def headline(
-    architecture: Architecture, recipe: Recipe, parameters: Mapping[str, int]
+    architecture: Architecture,
+    recipe: Recipe,
+    parameters: Mapping[str, int],
+    inference: Inference | None = None,
 ) -> str:
-    """What is trained, how, and how much of it."""
+    """What is trained, how, and how much of it; or what answers, and how long."""
+    if inference is not None:
+        return _inference_headline(architecture, recipe, inference)
     quantization = "" if recipe.quantization == "none" else f" on {recipe.quantization}"
     return (
         f"{architecture.name}, {recipe.method}{quantization}, batch "
         f"{recipe.batch_size} x {recipe.sequence_length} tokens: trains "
         f"{parameters['trainable']:,} of {format_count(parameters['total'])} parameters"
+    )
+
+
+_ADAPTED = {SEPARATE: ", {} beside it", MERGED: ", {} merged into it", NONE: ""}
+"""What is said of a method's adapters."""
+
+
+def _inference_headline(
+    architecture: Architecture, recipe: Recipe, inference: Inference
+) -> str:
+    base = recipe.dtype if recipe.quantization == "none" else recipe.quantization
+    adapted = _ADAPTED[inference.adapters].format(recipe.method)
+    return (
+        f"{architecture.name} in {base}{adapted}: {recipe.batch_size} x "
+        f"{recipe.sequence_length} tokens read, {inference.num_tokens} each answered, "
+        f"by {format_count(architecture.total_parameters)} parameters"
     )
 
 

@@ -15,6 +15,7 @@ from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.machine import Reading
 from memplan.profile import Profile
 from memplan.recipe import Recipe
@@ -56,13 +57,16 @@ def footprint_object(  # noqa: PLR0913 - each is a key of the object
     gpu: Gpu | None,
     footprint: Footprint,
     parameters: Mapping[str, int],
+    inference: Inference | None = None,
 ) -> dict[str, Any]:
-    """The object that says what a fine-tune takes."""
+    """The object that says what a fine-tune takes, or inference."""
+    asked = {} if inference is None else {"inference": inference.to_json()}
     return {
         "schema": SCHEMA,
         "kind": kind,
         "model": model,
         "recipe": recipe.to_json(),
+        **asked,
         "gpu": None if gpu is None else gpu.to_json(),
         **footprint.to_json(),
         "parameters": dict(parameters),
@@ -103,9 +107,18 @@ def print_explanations(run: Profile, found: Sequence[Explained]) -> None:
     _print({"kind": "explanation", "run": run.id, "ways": ways})
 
 
-def print_machine(reading: Reading, file: str) -> None:
-    """Prints what was measured of this machine's card, and where it is kept."""
-    _print({"kind": "machine", "machine": dataclasses.asdict(reading), "file": file})
+def print_machine(
+    reading: Reading | None, file: str | None, missing: Mapping[str, str]
+) -> None:
+    """Prints what was measured of this machine's card, where it is kept, what lacks."""
+    _print(
+        {
+            "kind": "machine",
+            "machine": None if reading is None else dataclasses.asdict(reading),
+            "file": file,
+            "missing": dict(missing),
+        }
+    )
 
 
 def print_object(obj: Mapping[str, Any]) -> None:

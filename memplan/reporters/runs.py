@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,24 @@ def report_run(run: Profile) -> None:
     if run.step_seconds:
         steps = ", ".join(f"{seconds:.3f}" for seconds in run.step_seconds)
         terminal.say(f"Seconds a step: {steps}")
+    if run.inference is not None:
+        told = run.inference
+        terminal.say(f"Answers of {told.num_tokens} tokens, adapters {told.adapters}")
+    if run.answer:
+        terminal.say(_answered(run.answer))
     versions = ", ".join(f"{key} {value}" for key, value in run.environment.items())
     terminal.say(f"Measured by {run.source}; weights {run.weights}; {versions}")
     for note in run.notes:
         terminal.say(f"Note: {note}", style="dim")
+
+
+def _answered(answer: Mapping[str, Any]) -> str:
+    if answer["problem"]:
+        return f"What was tuned cannot be used as it was saved: {answer['problem']}"
+    return (
+        f"Saved in {format_bytes(answer['saved_bytes'])}, loaded anew, and "
+        f"{answer['new_tokens']} tokens answered as before"
+    )
 
 
 def report_import(found: Imported, folder: Path) -> None:

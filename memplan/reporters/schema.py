@@ -6,6 +6,7 @@ from typing import Any
 
 from memplan import profile
 from memplan.footprint import CATEGORIES
+from memplan.inference import ADAPTERS
 from memplan.plan import HASH_DIGITS
 from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
@@ -56,7 +57,7 @@ _KEYS = {
     "export": ("model", "recipe", "trainer", "files", "verified", "unverified"),
     "fits": ("gpu", "recipe", "fits", "lengths", "notes"),
     "gpus": ("gpus",),
-    "machine": ("machine", "file"),
+    "machine": ("machine", "file", "missing"),
     "measurement": (*_FOOTPRINT_KEYS, "run", "device", "outcome", "step_seconds"),
     "models": ("models",),
     "runs": ("runs",),
@@ -105,6 +106,7 @@ def output_schema() -> dict[str, Any]:
             "kind": {"enum": list(KINDS)},
             "model": _TEXT,
             "recipe": {"type": "object"},
+            "inference": _or_null(_inference_schema()),
             "gpu": {"type": ["object", "null"]},
             "peak": peak,
             "life_peak": peak,
@@ -145,7 +147,10 @@ def output_schema() -> dict[str, Any]:
                     least=_NUMBER, most=_NUMBER, count=_COUNT
                 ),
             },
-            "machine": _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES),
+            "machine": _or_null(
+                _object(card=_TEXT, capacity_bytes=_BYTES, context_bytes=_BYTES)
+            ),
+            "missing": {"type": "object", "additionalProperties": _TEXT},
             "groups": _list_of(reading=_TEXT, way=_TEXT, card=_TEXT, count=_COUNT),
             "ways": _list_of(
                 way=_TEXT,
@@ -190,6 +195,10 @@ def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
         weights_bytes=_COUNT,
         problem=_MAYBE_TEXT,
     )
+
+
+def _inference_schema() -> dict[str, Any]:
+    return _object(new_tokens=_COUNT, adapters={"enum": list(ADAPTERS)})
 
 
 def _limits_schema() -> dict[str, Any]:
@@ -264,14 +273,28 @@ def profile_schema() -> dict[str, Any]:
         "losses": numbers,
         "environment": {"type": "object", "additionalProperties": _TEXT},
         "seed": {"type": "integer"},
+        "inference": _or_null(_inference_schema()),
+        "answer": {
+            "type": "object",
+            "properties": {
+                "new_tokens": _COUNT,
+                "saved_bytes": _COUNT,
+                "same_answer": {"type": "boolean"},
+                "problem": _TEXT,
+            },
+            "additionalProperties": False,
+        },
         "weights": {"enum": ["random", "checkpoint"]},
         "trace": _TEXT,
         "notes": {"type": "array", "items": _TEXT},
     }
+    # Records of before inference and answers were measured do not speak of them.
+    required = [key for key in properties if key not in ("inference", "answer")]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "memplan measured run",
         **_object(**properties),
+        "required": required,
         "additionalProperties": False,
     }
 

@@ -80,6 +80,12 @@ def simulate(
 
     Without a card, kernels are those of compute capability 8.6 and nothing limits
     memory. Raises InputError for a recipe that cannot run.
+
+    >>> import memplan
+    >>> gpt2 = memplan.inspect("openai-community/gpt2")
+    >>> footprint = memplan.simulate(gpt2, memplan.Recipe(), memplan.find_gpu("T4"))
+    >>> footprint.fits, footprint.peak.allocated_bytes <= footprint.peak.reserved_bytes
+    (True, True)
     """
     return run(architecture, recipe, gpu, settings).footprint
 
@@ -103,8 +109,21 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     card = gpu or find_gpu(UNNAMED_CARD)
     traced = trace(architecture, recipe, card, progress, life=life)
     host = _host_bytes(architecture, recipe, card, life, traced)
-    settings = settings or AllocatorSettings()
     progress("replay")
+    return simulation_of(traced, gpu, settings, notes=notes, host=host, record=record)
+
+
+def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
+    traced: Trace,
+    gpu: Gpu | None,
+    settings: AllocatorSettings | None,
+    *,
+    notes: tuple[str, ...],
+    host: dict[str, int],
+    record: Callable[[Iterator[Sample]], None] | None,
+) -> Simulation:
+    """What a trace comes to on a card."""
+    settings = settings or AllocatorSettings()
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
     if record is not None:
         limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
@@ -205,7 +224,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
         with phase("load"):
             kept = pattern.kept_layers if pattern else None
             model = training_model.build(architecture, recipe, kept)
-            Loader(tracer, recipe, lambda path: _num_copies(path, pattern)).load(model)
+            Loader(tracer, recipe, lambda path: num_copies(path, pattern)).load(model)
         with (
             Reroute(tracer, recipe).installed(),
             repeated_heads(recipe.attention),
@@ -251,7 +270,7 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
 def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     return tuple(
         Trained(
-            copies=_num_copies(name.removeprefix(PEFT_PREFIX), pattern),
+            copies=num_copies(name.removeprefix(PEFT_PREFIX), pattern),
             shape=tuple(parameter.shape),
             element_bytes=parameter.element_size(),
         )
@@ -260,7 +279,7 @@ def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:
     )
 
 
-def _num_copies(path: str, pattern: Pattern | None) -> int:
+def num_copies(path: str, pattern: Pattern | None) -> int:
     """How many parameters of the whole model a traced one stands for."""
     return 1 if pattern is None else pattern.multiplicity(path)
 

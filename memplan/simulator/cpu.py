@@ -16,6 +16,7 @@ from memplan import checks
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import find_gpu
+from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
 from memplan.simulator import (
     STEPS,
@@ -25,6 +26,7 @@ from memplan.simulator import (
     no_warnings,
 )
 from memplan.simulator.events import FREE, MARK, EventLog
+from memplan.simulator.inference import answer
 from memplan.simulator.load import Loader
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
@@ -40,6 +42,32 @@ def simulate_on_cpu(architecture: Architecture, recipe: Recipe) -> Footprint:
     """
     notes = checks.check(architecture, recipe, None)
     log = _trace(architecture, dataclasses.replace(recipe, offload=False))
+    return Footprint(moments=tuple(_moments(log)), notes=notes)
+
+
+def simulate_inference_on_cpu(
+    architecture: Architecture, recipe: Recipe, inference: Inference
+) -> Footprint:
+    """Bytes of tensors through inference on a CPU; errors likewise."""
+    inference = inference.settled(architecture, recipe)
+    recipe = loaded_as(recipe)
+    adapted = inference.adapters != NONE
+    notes = checks.check_inference(architecture, recipe, None, adapted=adapted)
+    log = EventLog()
+    tracer = Tracer(find_gpu(UNNAMED_CARD), log, padded=recipe.padded, scratch=False)
+
+    @contextlib.contextmanager
+    def phase(label: str) -> Iterator[None]:
+        log.begin(label)
+        yield
+
+    with no_warnings(), no_initialization():
+        with phase("load"):
+            model = training_model.build(architecture, recipe)
+            Loader(tracer, recipe).load(model)
+        with Reroute(tracer, recipe, cpu=True).installed(), tracer:
+            answer(model, architecture, recipe, inference, tracer, phase)
+            tracer.stop()
     return Footprint(moments=tuple(_moments(log)), notes=notes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from unittest import mock
@@ -33,6 +33,9 @@ MILESTONE_MICRO_BATCHES = 2
 
 WHOLE_DECODES = 2
 """Tokens at the end of a generation that are run."""
+
+KV_CACHE = "kv_cache"
+"""What the tensors of a cache are for."""
 
 GROWING_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """The layers of a cache that hold keys and values alone (transformers.cache_utils)."""
@@ -70,7 +73,7 @@ class LifeTracer:
             return make_loop()
         with self._phase("resume"):
             if training_life.unwrapped(self._model) is not self._model:
-                self._load_adapters()
+                self.load_adapters()
             loop = make_loop()
             self._load_state(loop)
         return loop
@@ -81,14 +84,14 @@ class LifeTracer:
             return
         with self._merging():
             loop.reach_milestone()
-        self._label_frozen()
+        self.label_frozen(self._model)
         loop.run_step(
             num_steps + 1, min(self._recipe.accumulation, MILESTONE_MICRO_BATCHES)
         )
 
-    def _label_frozen(self) -> None:
+    def label_frozen(self, model: nn.Module) -> None:
         """Says of weights that a merge has made anew what they are."""
-        for parameter in self._model.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 continue
             self._tracer.label(parameter, "weights")
@@ -107,10 +110,15 @@ class LifeTracer:
             with self._phase("save"), _unwritten(self._model):
                 self._save()
         if life.merge == CARD:
-            with self._phase("merge"), self._merging():
-                training_life.merge(self._model)
+            self.merge()
 
-    def _load_adapters(self) -> None:
+    def merge(self) -> nn.Module:
+        """The model with its adapters merged into its weights."""
+        with self._phase("merge"), self._merging():
+            return training_life.merge(self._model)
+
+    def load_adapters(self) -> None:
+        """Reads the adapters of a checkpoint onto the card."""
         with mock.patch("peft.peft_model.load_peft_weights", self._read_adapters):
             training_life.load_adapters(self._model, "")
         for parameter in trained_parameters(self._model):
@@ -147,8 +155,8 @@ class LifeTracer:
 
     def _generate(self, generation: Generation) -> None:
         arguments = (self._model, self._recipe, self._vocab_size, generation)
-        with _numbered(self._model):
-            _FewTokens(*arguments, tracer=self._tracer).run()
+        with numbered(self._model):
+            FewTokens(*arguments, tracer=self._tracer).run()
 
     def _save(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +195,7 @@ class LifeTracer:
 
 
 @contextlib.contextmanager
-def _numbered(model: nn.Module) -> Iterator[None]:
+def numbered(model: nn.Module) -> Iterator[None]:
     """Numbers the layers of a shortened model without gaps, as a cache counts them."""
     numbers: dict[nn.Module, int] = {
         module: module.layer_idx  # type: ignore[misc]
@@ -220,7 +228,7 @@ class _FewForwards(training_life.Evaluator):
         return predicted
 
 
-class _FewTokens(training_life.Generator):
+class FewTokens(training_life.Generator):
     """A generation of which the first token and the last two are run.
 
     In between the cache alone grows: what else a token takes is small, and gone before
@@ -231,8 +239,7 @@ class _FewTokens(training_life.Generator):
         super().__init__(*arguments)
         self._tracer = tracer
 
-    def complete(self) -> None:
-        self.read_prompts()
+    def decode_others(self) -> None:
         whole = self.num_tokens - 1
         if all(_grows_alone(cache) for cache in self.caches.values()):
             whole = min(WHOLE_DECODES, whole)
@@ -242,6 +249,17 @@ class _FewTokens(training_life.Generator):
         for _ in range(whole):
             self.decode()
 
+    def _take(self, outputs: Any) -> None:
+        super()._take(outputs)
+        self._label_caches()
+
+    def _label_caches(self) -> None:
+        for cache in self.caches.values():
+            for holder in (cache, *getattr(cache, "layers", ())):
+                held = getattr(holder, "__dict__", {"": holder})
+                for tensor in held_tensors(held.values()):
+                    self._tracer.label(tensor, KV_CACHE)
+
     def _grow(self, paths: dict[int, str]) -> None:
         """One more token, of which the caches alone are told."""
         for cache in self.caches.values():
@@ -249,6 +267,7 @@ class _FewTokens(training_life.Generator):
                 if getattr(layer, "keys", None) is not None:
                     with self._tracer.within(paths.get(index, "")):
                         _append(layer)
+        self._label_caches()
         batch_size = self._tokens.shape[0]
         self.append(self._tokens.new_empty(batch_size, 1))
 
@@ -260,6 +279,17 @@ class _FewTokens(training_life.Generator):
             if isinstance(number, int):
                 paths.setdefault(number, path)
         return paths
+
+
+def held_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and those in lists and mappings among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from held_tensors(value)
+        elif isinstance(value, dict):
+            yield from held_tensors(value.values())
 
 
 def _grows_alone(cache: Any) -> bool:

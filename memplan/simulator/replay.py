@@ -23,7 +23,8 @@ class Replay:
     moments: list[Moment] = field(default_factory=list)
     failed_moment: str | None = None
     peak_blocks: tuple[LiveBlock, ...] = ()
-    """Blocks live at the allocated peak of the training steps, the newest last."""
+    """Blocks live at the allocated peak of the training steps, or of generation, the
+    newest last."""
     num_alloc_retries: int = 0
 
 
@@ -145,7 +146,7 @@ class _Replayer:
             end_allocated_bytes=self._allocator.allocated_bytes,
             breakdown=self._breakdown(self._at_peak or self._live_blocks(), allocated),
         )
-        if moment.in_training and allocated > self._peak_bytes:
+        if moment.counts and allocated > self._peak_bytes:
             self._peak_bytes = allocated
             self._peak_blocks = self._at_peak
         self._merge(moment)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from memplan.losses.liger import NAME as LIGER
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
 from memplan.training.loss import read_loss, run_forward
-from memplan.training.step import autocast
+from memplan.training.step import autocast, silent
+
+Phase = Callable[[str], AbstractContextManager[None]]
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Where models keep what generation hands from one token to the next, in outputs and in
@@ -149,17 +153,21 @@ class Generator:
         """What goes from one token to the next, by the name of the argument."""
 
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self, phase: Phase = silent) -> None:
+        """Reads the prompts, then makes token after token; each a phase."""
         was_training = self._owner.training
         self._owner.eval()
-        self.complete()
+        with phase("prefill"):
+            self.read_prompts()
+        if self.num_tokens > 1:
+            with phase("decode"):
+                self.decode_others()
         self.caches = {}
         del self._tokens, self._mask, self._positions, self._scores
         self._owner.train(was_training)
 
-    def complete(self) -> None:
-        """Reads the prompts, then makes token after token."""
-        self.read_prompts()
+    def decode_others(self) -> None:
+        """Makes the tokens after the first."""
         for _ in range(1, self.num_tokens):
             self.decode()
 

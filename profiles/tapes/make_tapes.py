@@ -3,7 +3,7 @@
 Every generative model is estimated under the recipes that most people run, which reads
 or traces the tapes they need; what was traced is written. Names of models may be given.
 A model whose file is there is passed by, unless --again is given; --layers traces the
-linear layers alone.
+linear layers alone, --inference what answering needs besides.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from memplan import registry, tapes
 from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
+from memplan.estimator import inference
 from memplan.estimator.regimes import first_regime
 from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
 from memplan.gpu import Gpu, find_gpu
+from memplan.inference import Inference, loaded_as
 from memplan.recipe import Recipe
 
 CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
@@ -77,6 +79,43 @@ def layer_recipes() -> Iterator[dict[str, Any]]:
         }
 
 
+def inference_recipes() -> Iterator[dict[str, Any]]:
+    """The keys of recipes under which tuned models answer."""
+    methods = [name for name in registry.names("methods") if name != "peft"]
+    quantizations = ("none", "nf4", "nf4-double", "int8")
+    for method, quantization, dtype, adapter_dtype in itertools.product(
+        methods,
+        quantizations,
+        ("bfloat16", "float16", "float32"),
+        ("float32", "bfloat16"),
+    ):
+        yield {
+            "method": method,
+            "quantization": quantization,
+            "dtype": dtype,
+            "adapter_dtype": adapter_dtype,
+            "targets": "mlp",
+        }
+
+
+def make_inference() -> None:
+    """Traces and writes what answering needs: linear layers, and every cache."""
+    card = find_gpu(CARDS[0])
+    for name, keys in itertools.product(LAYER_MODELS, inference_recipes()):
+        with contextlib.suppress(InputError):
+            recipe = loaded_as(Recipe(**keys))
+            inference.parts_of(inspect(name), recipe, Inference(), card)
+    for model in catalog_models():
+        if not model.architecture.generative:
+            continue
+        try:
+            tapes.cache_tape(model.architecture)
+        except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
+            print(f"{model.architecture.name} cannot be traced", file=sys.stderr)
+    path = tapes.shipped_path(tapes.INFERENCE)
+    tapes.write(path, tapes.inference_file().lines)
+
+
 def main(names: list[str]) -> None:
     """Traces and writes the tapes of models, one after the other."""
     cards = [find_gpu(name) for name in CARDS]
@@ -125,6 +164,9 @@ def make_layers() -> None:
 
 
 if __name__ == "__main__":
+    if "--inference" in sys.argv:
+        make_inference()
+        sys.exit()
     if "--layers" in sys.argv:
         make_layers()
     else:

@@ -13,8 +13,8 @@ from memplan import estimator
 from memplan.catalog import inspect
 from memplan.estimator.limits import (
     LENGTH_STEP,
-    _last_fitting,
     largest_batch,
+    last_fitting,
     limits,
     longest_sequence,
 )
@@ -101,5 +101,5 @@ def test_guesses_find_what_trying_all_does(power: int, budget: int) -> None:
         asked.append(value)
         return budget - value**power
 
-    assert _last_fitting(margin, values) == (fitting[-1] if fitting else None)
+    assert last_fitting(margin, values) == (fitting[-1] if fitting else None)
     assert len(asked) <= 24

@@ -13,6 +13,7 @@ import transformers
 from small import LLAMA, events_of, labels, task
 
 from memplan.errors import InputError
+from memplan.inference import MERGED, NONE, SEPARATE, Inference
 from memplan.profiler import child, data
 from memplan.profiler.task import Journal, Task, read_events
 
@@ -53,14 +54,25 @@ def test_later_steps_share_a_label_and_time_may_be_up_after_the_second(
     assert [e["number"] for e in events if e["event"] == "step"] == [1, 2]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_inference_runs_forward_without_adapters(
-    quantization: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("quantization", "adapters", "moments"),
+    [
+        ("nf4", NONE, ["load", "prefill", "decode"]),
+        ("int8", SEPARATE, ["load", "adapt", "prefill", "decode"]),
+        ("none", MERGED, ["load", "adapt", "merge", "prefill", "decode"]),
+    ],
+)
+def test_inference_answers_prompts(
+    quantization: str, adapters: str, moments: list[str], tmp_path: Path
 ) -> None:
-    asked = task({"quantization": quantization}, inference=True)
+    asked = task(
+        {"quantization": quantization},
+        inference=Inference(num_tokens=3, adapters=adapters),
+        folder=str(tmp_path),
+    )
     events = events_of(asked, tmp_path)
 
-    assert labels(events) == ["load", "inference"]
+    assert labels(events) == moments
     (parameters,) = (e for e in events if e["event"] == "parameters")
     assert parameters["trainable"] == 0
 
@@ -237,3 +249,42 @@ def test_files_without_texts_are_refused(
 
     with pytest.raises(InputError, match=match):
         data.rows_of(task(data=str(file)), 128)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"quantization": "nf4"},
+        {"method": "dora"},
+        {"method": "full"},
+        {"trainer": "transformers"},
+    ],
+    ids=str,
+)
+def test_what_was_tuned_is_saved_loaded_and_answers(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = task(recipe, generate=4, folder=str(tmp_path))
+    events = events_of(asked, tmp_path)
+
+    assert labels(events)[-1] == "generate"
+    (answer,) = (event for event in events if event["event"] == "answer")
+    assert answer["problem"] == ""
+    assert answer["same_answer"]
+    assert answer["new_tokens"] == 4
+    assert answer["saved_bytes"] > 0
+
+
+def test_what_cannot_be_loaded_is_told_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("no such adapter")
+
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", fail)
+    events = events_of(task(generate=4, folder=str(tmp_path)), tmp_path)
+
+    (answer,) = (event for event in events if event["event"] == "answer")
+    assert answer["problem"] == "ValueError: no such adapter"
+    assert "2.optimizer" in labels(events)

@@ -103,7 +103,8 @@ def _reader(regime: LayerRegime) -> _Reader:
     return _Reader(_run(regime, keeps=True), _run(regime, keeps=False))
 
 
-def _recipe(regime: LayerRegime) -> Recipe:
+def recipe_of(regime: LayerRegime) -> Recipe:
+    """The recipe under which a layer runs in a regime."""
     method = "full" if regime.method == "frozen" else regime.method
     return Recipe(
         trainer="trl" if regime.by_trl else "plain",
@@ -130,7 +131,7 @@ def build_layer(
 
     `loaded` is told of it before it is adapted.
     """
-    recipe = _recipe(regime)
+    recipe = recipe_of(regime)
     dtype = getattr(torch, regime.dtype)
     linear: nn.Module = nn.Linear(
         IN_FEATURES, OUT_FEATURES, bias=regime.bias, dtype=dtype, device="meta"
@@ -152,7 +153,7 @@ def build_layer(
 
 
 def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
-    recipe = _recipe(regime)
+    recipe = recipe_of(regime)
     log = EventLog()
     tracer = TapeTracer(find_gpu(CARD), log, padded=False)
     device = torch.device("meta")
@@ -282,12 +283,12 @@ class _Reader:
         passing = self._read_passing()
         size = size_of(self._log.sizes[output])
         return LayerTape(
-            forward=self._stretch(self._log, begin, end, ()),
+            forward=stretch_of(self._log, begin, end, ()),
             passing=passing,
-            releasing=self._stretch(self._log, back, behind, (grad_y,)),
+            releasing=stretch_of(self._log, back, behind, (grad_y,)),
             cached=add(passing.net, size, -1),
             sticks=self._sticks(),
-            backward=self._stretch(self._log, back, behind, (x, grad_y)),
+            backward=stretch_of(self._log, back, behind, (x, grad_y)),
             holds_input=holds,
             kept=tuple(size_of(self._log.sizes[block]) for block in kept),
         )
@@ -334,25 +335,27 @@ class _Reader:
     def _read_passing(self) -> Stretch:
         log, tracer = self._passing
         places = {mark.kind: place for place, mark in tracer.marks}
-        return self._stretch(log, places["F"], places["f"], ())
+        return stretch_of(log, places["F"], places["f"], ())
 
-    def _stretch(
-        self, log: EventLog, begin: int, end: int, ignored: tuple[int, ...]
-    ) -> Stretch:
-        """The stretch, without what outlives the step: gradients and workspaces."""
-        freed = {block for block, size in log.events if size == FREE}
-        net: Polynomial = {}
-        candidates: list[Polynomial] = []
-        for block, size in log.events[begin:end]:
-            if block == MARK or block in ignored:
-                continue
-            bytes_ = size_of(log.sizes[block])
-            if size == FREE:
-                net = add(net, bytes_, -1)
-            elif block in freed or not self._outlives(log, block):
-                net = add(net, bytes_)
-                candidates.append(net)
-        return Stretch(net=net, peaks=tuple(largest(candidates)))
 
-    def _outlives(self, log: EventLog, block: int) -> bool:
-        return all("N" not in word for word in size_of(log.sizes[block]))
+def stretch_of(
+    log: EventLog, begin: int, end: int, ignored: tuple[int, ...]
+) -> Stretch:
+    """The stretch, without what outlives the step: gradients and workspaces."""
+    freed = {block for block, size in log.events if size == FREE}
+    net: Polynomial = {}
+    candidates: list[Polynomial] = []
+    for block, size in log.events[begin:end]:
+        if block == MARK or block in ignored:
+            continue
+        bytes_ = size_of(log.sizes[block])
+        if size == FREE:
+            net = add(net, bytes_, -1)
+        elif block in freed or not _outlives(log, block):
+            net = add(net, bytes_)
+            candidates.append(net)
+    return Stretch(net=net, peaks=tuple(largest(candidates)))
+
+
+def _outlives(log: EventLog, block: int) -> bool:
+    return all("N" not in word for word in size_of(log.sizes[block]))

@@ -1,0 +1,634 @@
+"""Inference in closed form: weights, adapters, keys and values, one layer at work.
+
+B sequences of T tokens are read at once (prefill), then token after token is made
+(decode), each from all keys and values so far. Without autograd nothing is kept but
+these, so that a layer's tensors are gone when the next one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memplan import checks, kernels, methods, quantizations, tapes
+from memplan.architecture import Architecture
+from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
+from memplan.estimator.adapters import adapter_bytes
+from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
+from memplan.estimator.experts import check_experts
+from memplan.estimator.layout import Group, Layout, Role, layout_of
+from memplan.estimator.limits import (
+    LARGEST_BATCH,
+    Limits,
+    last_fitting,
+    lengths_of,
+)
+from memplan.estimator.polynomials import Sizes, value
+from memplan.estimator.regimes import first_regime, layer_regime, model_regime
+from memplan.estimator.trained import trained
+from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
+from memplan.footprint import CATEGORIES, Footprint, Moment
+from memplan.gpu import Gpu, find_gpu
+from memplan.inference import MERGED, NONE, SEPARATE, Inference, loaded_as
+from memplan.recipe import Recipe
+from memplan.tape import BlockTape, CachedLayer, Heads, ModelTape, Stretch
+
+FUSED_TOKENS = 4
+"""Tokens up to which bitsandbytes reads 4-bit weights in its own kernel on every card
+(`_GEMM_4BIT_CUSTOM_FLOOR_M`); for more, that depends on shapes and card, and weights
+are taken to be dequantised first, which takes more."""
+
+STATES_AT_WORK = 3
+"""Tensors of a state's size while the next one is made of it (transformers' recurrent
+gated delta rule: what is read, what is added, and the sum)."""
+
+FLOAT_BYTES = 4
+HALF_BYTES = 2
+
+SCORE_BYTES = 4
+"""Of a logit that a token is chosen by: `generate` casts the last ones to float32."""
+
+ADAPTERS_READ = 2
+"""Adapters on the card while they are loaded: the file's, and those they go into
+(peft.PeftModel.load_adapter)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedLinear:
+    """A linear layer of a group, with its forward for many tokens and for few."""
+
+    many: Stretch
+    few: Stretch
+    in_features: int
+    out_features: int
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassedGroup:
+    """Layers of one kind, their tape, and what they keep of tokens."""
+
+    tape: BlockTape
+    linears: tuple[PassedLinear, ...]
+    cached: CachedLayer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceParts:
+    """Everything about inference that batch and tokens leave as it is."""
+
+    architecture: Architecture
+    recipe: Recipe
+    inference: Inference
+    gpu: Gpu
+    layout: Layout
+    tape: ModelTape
+    heads: tuple[Heads, ...]
+    groups: tuple[PassedGroup, ...]
+    weights: WeightBytes
+    adapters: int
+    workspace: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceEstimate:
+    """Estimated inference: its footprint and the parts that it comes from."""
+
+    footprint: Footprint
+    parts: InferenceParts
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        return {"total": self.parts.architecture.total_parameters, "trainable": 0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A point at which most may be live, above what is always there."""
+
+    activations: Any
+    kv_cache: Any = 0
+    logits: Any = 0
+
+    @property
+    def total(self) -> Any:
+        return self.activations + self.kv_cache + self.logits
+
+
+def run(
+    architecture: Architecture,
+    recipe: Recipe,
+    inference: Inference,
+    gpu: Gpu | None = None,
+) -> InferenceEstimate:
+    """The estimate of a batch of prompts and their answers.
+
+    Prompts are as long as the recipe's sequences. Raises InputError for what cannot
+    run, MissingExtraError where a tape has to be traced first.
+    """
+    inference = inference.settled(architecture, recipe)
+    loaded = loaded_as(recipe)
+    adapted = inference.adapters != NONE
+    notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
+    check_experts(architecture, loaded)
+    card = gpu or find_gpu(UNNAMED_CARD)
+    parts = parts_of(architecture, loaded, inference, card)
+    footprint = Footprint(
+        moments=tuple(moments(parts)),
+        context_bytes=gpu.context_bytes if gpu else None,
+        capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
+        notes=(*notes, *_notes(parts), WITHOUT_CACHE),
+    )
+    return InferenceEstimate(footprint=footprint, parts=parts)
+
+
+def _notes(parts: InferenceParts) -> Iterator[str]:
+    if any(group.cached.tensors and not group.cached.grows for group in parts.groups):
+        yield (
+            "Layers that keep states instead of keys and values are estimated by their "
+            "forward in training, which takes less over long prompts; `memplan "
+            "simulate` runs what they do."
+        )
+
+
+def parts_of(
+    architecture: Architecture, recipe: Recipe, inference: Inference, gpu: Gpu
+) -> InferenceParts:
+    """The parts of inference; reads its tapes, and traces those that are missing."""
+    # A checkpoint's first forward keeps nothing for backward, as one without autograd.
+    passing = dataclasses.replace(recipe, method="lora", checkpointing="full")
+    first = tapes.model_tape(architecture, first_regime(passing))
+    regime = model_regime(passing, gpu, first.attention, first.window)
+    tape = tapes.model_tape(architecture, regime)
+    plain = {
+        path: is_plain
+        for block in tape.blocks
+        for path, is_plain in zip(block.holes, block.plain, strict=True)
+    }
+    layout = layout_of(architecture, recipe, plain)
+    beside = layout if inference.adapters == SEPARATE else _without_adapters(layout)
+    stack = architecture.main_stack
+    tensors = trained(architecture, layout, recipe, stack)
+    kinds = [block for block in architecture.blocks if block.stack == stack]
+    cached = tapes.cache_tape(architecture).layers
+    item = DTYPE_BYTES[recipe.dtype]
+    biased = any(role.linear.bias for role, _ in layout.linears)
+    return InferenceParts(
+        architecture=architecture,
+        recipe=recipe,
+        inference=inference,
+        gpu=gpu,
+        layout=layout,
+        tape=tape,
+        heads=first.attention,
+        groups=tuple(
+            _group(group, tape.blocks[kind], _share(cached[kind], group, item), recipe)
+            for group in beside.groups
+            if group.block.stack == stack
+            for kind in [kinds.index(group.block)]
+        ),
+        weights=weight_bytes(architecture, layout, recipe),
+        adapters=(
+            0 if inference.adapters == NONE else adapter_bytes(layout, recipe, tensors)
+        ),
+        workspace=workspace_bytes(gpu) + (LT_WORKSPACE_BYTES if biased else 0),
+    )
+
+
+def _without_adapters(layout: Layout) -> Layout:
+    def frozen(roles: tuple[Role, ...]) -> tuple[Role, ...]:
+        return tuple(
+            dataclasses.replace(role, adapted=False, rank=0, options=())
+            for role in roles
+        )
+
+    return Layout(
+        groups=tuple(
+            dataclasses.replace(group, roles=frozen(group.roles))
+            for group in layout.groups
+        ),
+        outside=frozen(layout.outside),
+    )
+
+
+def _share(cached: CachedLayer, group: Group, item: int) -> CachedLayer:
+    """Of the layers of a kind that keep tokens, those of a group.
+
+    The tape is of half precision; states that do not grow stay in their own.
+    """
+    whole = len(group.block.layers)
+    factor = item // HALF_BYTES
+    return dataclasses.replace(
+        cached,
+        count=cached.count * group.count // whole,
+        tensors=tuple(
+            {word: n * factor if "T" in word else n for word, n in tensor.items()}
+            for tensor in cached.tensors
+        ),
+    )
+
+
+def _group(
+    group: Group, tape: BlockTape, cached: CachedLayer, recipe: Recipe
+) -> PassedGroup:
+    roles = {role.linear.path: role for role in group.roles}
+    linears = []
+    for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
+        role = roles[path]
+        frozen = dataclasses.replace(recipe, method="lora")
+        regime = layer_regime(recipe if role.adapted else frozen, role, input_dtype)
+        is_4bit = role.quantized and "4bit" in (_flag(recipe) or "")
+        linears.append(
+            PassedLinear(
+                many=tapes.pass_tape(regime, fused=False),
+                few=tapes.pass_tape(regime, fused=is_4bit),
+                in_features=role.linear.in_features,
+                out_features=role.linear.out_features,
+                rank=role.rank,
+            )
+        )
+    return PassedGroup(tape=tape, linears=tuple(linears), cached=cached)
+
+
+def _flag(recipe: Recipe) -> str | None:
+    return quantizations.find(recipe.quantization).loading_flag
+
+
+def kv_bytes(parts: InferenceParts, batch: Any, tokens: Any) -> Any:
+    """K = sum over layers of B (k + v) min(T, W) b, and what grows with no token.
+
+    k and v are the numbers of a token's key and value, W is the window of sliding
+    layers, and b the bytes of a number. A prompt longer than a window is kept whole
+    until the first token is made, since what is cut off shares its storage.
+    """
+    return sum(
+        group.cached.count * layer_kv_bytes(group.cached, batch, tokens)
+        for group in parts.groups
+    )
+
+
+def layer_kv_bytes(cached: CachedLayer, batch: Any, tokens: Any) -> Any:
+    """One layer's part of it."""
+    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    return sum(value(tensor, sizes) for tensor in cached.tensors)
+
+
+def windowed_kv_bytes(parts: InferenceParts, batch: Any, tokens: Any) -> Any:
+    """K once tokens come one by one, where sliding layers keep their window alone."""
+    return sum(
+        group.cached.count
+        * layer_kv_bytes(group.cached, batch, _seen(group.cached, tokens))
+        for group in parts.groups
+    )
+
+
+def _seen(cached: CachedLayer, tokens: int) -> int:
+    return tokens if cached.window is None else min(cached.window, tokens)
+
+
+def joined_bytes(parts: InferenceParts, batch: int, tokens: int) -> Any:
+    """The largest tensor that is joined to one more token: it lives beside the new."""
+    return max(
+        (
+            value(tensor, Sizes({"": 1, "B": batch, "T": _seen(group.cached, tokens)}))
+            for group in parts.groups
+            if group.cached.grows
+            for tensor in group.cached.tensors
+        ),
+        default=0,
+    )
+
+
+def layer_peak(group: PassedGroup, batch: int, tokens: int) -> Any:
+    """The most that a layer holds while it runs over B sequences of T tokens.
+
+    Its input is counted: the caller holds that until the layer returns, and the
+    embeddings, which `start` has, until the last one does.
+    """
+    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    count = batch * tokens
+    live: Any = 0
+    peak: Any = 0
+    for item in group.tape.forward:
+        if isinstance(item, Stretch):
+            peak = max(peak, *(live + value(each, sizes) for each in item.peaks), live)
+            live += value(item.net, sizes)
+        elif item.kind == "F":
+            linear = group.linears[item.holes[0]]
+            passed = linear.few if count <= FUSED_TOKENS else linear.many
+            inner = Sizes(
+                {
+                    "": 1,
+                    "N": count,
+                    "i": linear.in_features,
+                    "o": linear.out_features,
+                    "r": linear.rank,
+                }
+            )
+            peak = max(peak, *(live + value(each, inner) for each in passed.peaks))
+            live += value(passed.net, inner)
+        else:
+            live -= value(item.size, sizes)
+    return live + max(peak, live)
+
+
+def new_token_peak(
+    parts: InferenceParts, group: PassedGroup, batch: int, tokens: int
+) -> Any:
+    """The most that a layer holds while it reads one token after so many.
+
+    Layers that keep states instead of keys compute the next one beside two
+    intermediate results of its size.
+    """
+    if not group.cached.grows:
+        return STATES_AT_WORK * layer_kv_bytes(group.cached, batch, tokens)
+    attention = attention_bytes(parts, group.cached, batch, tokens)
+    return layer_peak(group, batch, 1) + attention
+
+
+def attention_bytes(
+    parts: InferenceParts, cached: CachedLayer, batch: int, tokens: int
+) -> Any:
+    """What one new token's attention holds beside the keys and values of T tokens.
+
+    Where h heads share g and the kernel cannot, each gets its own copy of keys and
+    values: B h T (q + v) b. PyTorch's math path works on copies in float32, and scales
+    the keys: 4 B T (h q + (h + g) (q + v)). The eager path holds B h T scores in the
+    model's precision twice and in float32.
+    """
+    item = DTYPE_BYTES[parts.recipe.dtype]
+    query, dims = _heads(parts)
+    seen = _seen(cached, tokens)
+    there = layer_kv_bytes(cached, batch, seen)
+    own = batch * query * dims * seen * item
+    if parts.recipe.attention == "eager" or not parts.heads:
+        scores = batch * query * seen * (2 * item + SCORE_BYTES)
+        return scores + (own if own > there > 0 else 0)
+    masked = parts.recipe.padded or (cached.window or tokens + 1) <= tokens
+    grouped = own > there > 0
+    shares = any(one.grouped for one in parts.heads) and not masked
+    kernel = _kernel(parts, batch, seen, masked=masked, grouped=grouped and shares)
+    if kernel != "math":
+        return own if grouped and not shares else 0
+    casts = 0 if item == FLOAT_BYTES else there // item * FLOAT_BYTES
+    whole = own // item * FLOAT_BYTES
+    return casts + (whole if grouped else 0) + whole // 2
+
+
+def _kernel(
+    parts: InferenceParts, batch: int, tokens: int, *, masked: bool, grouped: bool
+) -> str:
+    """The kernel that attends to so many tokens from one."""
+    heads = parts.heads[0]
+    key = heads.key if grouped else heads.query
+    return kernels.choose(
+        "auto" if masked else parts.recipe.attention,
+        kernels.Shapes(
+            query=(batch, heads.query, 1, heads.query_dim),
+            key=(batch, key, tokens, heads.query_dim),
+            value=(batch, key, tokens, heads.value_dim),
+            dtype=parts.recipe.dtype,
+            masked=masked,
+            causal=False,
+            dropout=0.0,
+            grouped=grouped,
+            dense_rows=heads.dense_rows,
+            trains=False,
+        ),
+        parts.gpu,
+    )
+
+
+def _heads(parts: InferenceParts) -> tuple[int, int]:
+    """Query heads, and the numbers of a head's key and value."""
+    if parts.heads:
+        widest = max(parts.heads, key=lambda one: one.query * one.query_dim)
+        return widest.query, widest.query_dim + widest.value_dim
+    config = parts.architecture.config
+    config = config.get("text_config", config)
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    dim = config.get("head_dim") or parts.architecture.hidden_size // heads
+    return heads, 2 * dim
+
+
+def logit_bytes(parts: InferenceParts, batch: int) -> int:
+    """L = B V b + 4 B V: the last token's logits, and their copy in float32."""
+    return score_bytes(parts, batch) + (
+        batch * parts.architecture.vocab_size * DTYPE_BYTES[parts.recipe.dtype]
+    )
+
+
+def score_bytes(parts: InferenceParts, batch: int) -> int:
+    """4 B V: what is left of a token's logits while the next is computed."""
+    return batch * parts.architecture.vocab_size * SCORE_BYTES
+
+
+def merge_bytes(parts: InferenceParts) -> int:
+    """What merging the largest adapted layer of i x o numbers holds besides.
+
+    B A and its scaled copy in the adapters' precision; beside quantised weights, the
+    dequantised weight, its sum with these, and the sum's copy that is quantised again
+    (peft.tuners.lora.bnb, `merge`).
+    """
+    largest = max(
+        (role.linear.num_weights for role, _ in parts.layout.linears if role.adapted),
+        default=0,
+    )
+    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
+    if parts.recipe.quantization == "none":
+        return 2 * item * largest
+    scheme = quantizations.find(parts.recipe.quantization)
+    again = sum(scheme.stored_bytes(largest, 1))
+    loaded = DTYPE_BYTES[parts.recipe.dtype]
+    return (3 * item + loaded) * largest + again
+
+
+def prefill_points(parts: InferenceParts) -> Iterator[Point]:
+    """The embedding, the last layer of each kind, the norm, and the last logits.
+
+    All layers before the last keep their keys and values by then.
+    """
+    batch, tokens = parts.recipe.batch_size, parts.recipe.sequence_length
+    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    start = value(parts.tape.before.net, sizes)
+    kept = kv_bytes(parts, batch, tokens)
+    for peak in parts.tape.before.peaks:
+        yield Point(activations=value(peak, sizes))
+    for group in parts.groups:
+        at_work = layer_peak(group, batch, tokens)
+        yield Point(activations=start + at_work, kv_cache=kept)
+    norm = parts.tape.tail[0]
+    if isinstance(norm, Stretch):
+        for peak in norm.peaks:
+            yield Point(activations=start + value(peak, sizes), kv_cache=kept)
+        start += value(norm.net, sizes)
+    yield Point(activations=start, kv_cache=kept, logits=logit_bytes(parts, batch))
+
+
+def decode_points(parts: InferenceParts) -> Iterator[Point]:
+    """The first new token, where prompts outgrow windows, and the last one.
+
+    A token's layers hold little; what its attention or a dequantised weight takes, or
+    the old keys beside the new ones, is the most of it.
+    """
+    batch, prompt = parts.recipe.batch_size, parts.recipe.sequence_length
+    last = prompt + parts.inference.num_tokens - 1
+    scores = score_bytes(parts, batch)
+    at_work = max(new_token_peak(parts, group, batch, last) for group in parts.groups)
+    first = kv_bytes(parts, batch, prompt)
+    kept = windowed_kv_bytes(parts, batch, last)
+    joined = joined_bytes(parts, batch, last)
+    for keys in (first, kept):
+        yield Point(activations=at_work, kv_cache=keys, logits=scores)
+        yield Point(activations=0, kv_cache=keys + joined, logits=scores)
+    yield Point(activations=0, kv_cache=kept, logits=scores + logit_bytes(parts, batch))
+
+
+def moments(parts: InferenceParts) -> Iterator[Moment]:
+    """Load, adaptation, merging, reading and answering.
+
+    Reserved bytes never fall, as the allocator keeps what it has reserved.
+    """
+    reserved = parts.weights.reserved
+    for moment in _moments(parts):
+        reserved = max(reserved, moment.allocated_bytes)
+        yield dataclasses.replace(moment, reserved_bytes=reserved)
+
+
+def _moments(parts: InferenceParts) -> Iterator[Moment]:
+    adapters = parts.adapters
+    load = Point(activations=parts.weights.load_peak - parts.weights.total)
+    yield _moment(parts, "load", load, adapters=0, workspace=0)
+    if parts.inference.adapters != NONE:
+        read = ADAPTERS_READ * adapters
+        yield _moment(parts, "adapt", Point(activations=0), adapters=read, workspace=0)
+    if parts.inference.adapters == MERGED:
+        merging = Point(activations=merge_bytes(parts))
+        yield _moment(parts, "merge", merging, adapters=adapters)
+    beside = adapters if parts.inference.adapters == SEPARATE else 0
+    yield _moment(parts, "prefill", _most(prefill_points(parts)), adapters=beside)
+    if parts.inference.num_tokens > 1:
+        yield _moment(parts, "decode", _most(decode_points(parts)), adapters=beside)
+
+
+def _most(points: Iterator[Point]) -> Point:
+    return max(points, key=lambda point: point.total)
+
+
+def _moment(
+    parts: InferenceParts,
+    label: str,
+    point: Point,
+    *,
+    adapters: int,
+    workspace: int | None = None,
+) -> Moment:
+    found = {
+        "weights": parts.weights.weights,
+        "quantization_state": parts.weights.state,
+        "adapters": adapters,
+        "activations": point.activations,
+        "logits": point.logits,
+        "kv_cache": point.kv_cache,
+        "workspace": parts.workspace if workspace is None else workspace,
+    }
+    breakdown = {name: round(found.get(name, 0)) for name in CATEGORIES}
+    allocated = sum(breakdown.values())
+    return Moment(
+        label=label,
+        allocated_bytes=allocated,
+        reserved_bytes=allocated,
+        breakdown=breakdown,
+    )
+
+
+def limits(estimate: InferenceEstimate, gpu: Gpu) -> Limits:
+    """The most prompts, and the longest ones, that still fit."""
+    parts = estimate.parts
+    recipe = parts.recipe
+
+    def margin(batch: int, length: int) -> int:
+        asked = dataclasses.replace(recipe, batch_size=batch, sequence_length=length)
+        found = parts_of(parts.architecture, asked, parts.inference, gpu)
+        return gpu.budget_bytes - max(m.reserved_bytes for m in moments(found))
+
+    return Limits(
+        batch_size=last_fitting(
+            lambda batch: margin(batch, recipe.sequence_length),
+            range(1, LARGEST_BATCH + 1),
+        ),
+        sequence_length=last_fitting(
+            lambda length: margin(recipe.batch_size, length),
+            lengths_of(parts.architecture),
+        ),
+    )
+
+
+def inference_terms(estimate: InferenceEstimate) -> tuple[Term, ...]:
+    """The terms of the peak that are not empty, with the numbers put in."""
+    return tuple(
+        Term(
+            name=name,
+            num_bytes=num_bytes,
+            words=_WORDS.get(name, WORDS[name]),
+            shares=tuple(_shares(estimate.parts, name, num_bytes)),
+        )
+        for name, num_bytes in estimate.footprint.breakdown.items()
+        if num_bytes
+    )
+
+
+_WORDS = {
+    "activations": "one layer at work",
+    "logits": "B V x bytes, and 4 B V to choose by",
+    "workspace": "cuBLAS, for the thread that multiplies",
+}
+"""Where inference differs from training."""
+
+
+def _shares(parts: InferenceParts, name: str, num_bytes: int) -> Iterator[Share]:
+    told = _TOLD.get(name)
+    if told is None:
+        yield Share(text=_WORDS.get(name, WORDS[name]), num_bytes=num_bytes)
+        return
+    left = num_bytes
+    for share in told(parts):
+        taken = min(left, share.num_bytes)
+        left -= taken
+        yield dataclasses.replace(share, num_bytes=taken)
+    if left:
+        yield Share(text=_REST.get(name, ROUNDING), num_bytes=left)
+
+
+_REST = {"kv_cache": "tokens of the answer, and the old keys beside the new ones"}
+
+
+def _told_cache(parts: InferenceParts) -> Iterator[Share]:
+    batch, tokens = parts.recipe.batch_size, parts.recipe.sequence_length
+    for group in parts.groups:
+        each = round(layer_kv_bytes(group.cached, batch, 1))
+        whole = round(layer_kv_bytes(group.cached, batch, tokens))
+        yield Share(
+            text=f"{group.cached.count} layers x {tokens:,} tokens x {each:,} B",
+            num_bytes=group.cached.count * whole,
+        )
+
+
+def _told_adapters(parts: InferenceParts) -> Iterator[Share]:
+    method = methods.find(parts.recipe.method)
+    count = sum(
+        n * method.trainable_parameters(role.linear, role.rank, dict(role.options))
+        for role, n in parts.layout.linears
+        if role.adapted
+    )
+    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
+    yield Share(text=f"{count:,} numbers x {item} B", num_bytes=count * item)
+
+
+_TOLD: dict[str, Callable[[InferenceParts], Iterator[Share]]] = {
+    "kv_cache": _told_cache,
+    "adapters": _told_adapters,
+}

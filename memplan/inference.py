@@ -1,0 +1,76 @@
+"""`Inference`: how a tuned model is asked: with which adapters, for how many tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.architecture import Architecture
+from memplan.errors import InputError
+from memplan.life import GENERATED_TOKENS, room_for_tokens
+from memplan.recipe import Recipe
+
+SEPARATE = "separate"
+MERGED = "merged"
+NONE = "none"
+ADAPTERS = (SEPARATE, MERGED, NONE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inference:
+    """A batch of prompts, each as long as the recipe's sequences, and their answers."""
+
+    num_tokens: int = GENERATED_TOKENS
+    """Tokens of an answer."""
+    adapters: str = SEPARATE
+    """`separate`: beside the weights. `merged`: into them, on the card. `none`: the
+    model alone, which is also one that was saved after merging."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The inference as output shows it."""
+        return {"new_tokens": self.num_tokens, "adapters": self.adapters}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Inference:
+        """The inference that `to_json` wrote."""
+        return cls(num_tokens=data["new_tokens"], adapters=data["adapters"])
+
+    def settled(self, architecture: Architecture, recipe: Recipe) -> Inference:
+        """The same, without adapters for a method that has none.
+
+        Raises InputError for more tokens than the model has positions for.
+        """
+        room = room_for_tokens(architecture, recipe)
+        if self.num_tokens > room:
+            raise InputError(
+                "--new-tokens",
+                self.num_tokens,
+                f"tokens do not fit behind prompts of {recipe.sequence_length}, as "
+                f"{architecture.name} has but {architecture.max_positions} positions",
+                f"give at most {room}, or a shorter --sequence-length",
+            )
+        adapters = NONE if recipe.method == "full" else self.adapters
+        return dataclasses.replace(self, adapters=adapters)
+
+
+def loaded_as(recipe: Recipe) -> Recipe:
+    """The recipe by which a model is loaded for inference.
+
+    Nothing is prepared for training, checkpointed or dropped out, and `generate` runs
+    under no autocast.
+    """
+    return dataclasses.replace(
+        recipe,
+        trainer="plain",
+        autocast="none",
+        kbit_prepare=False,
+        checkpointing="none",
+        every_n_layers=1,
+        offload=False,
+        dropout=0.0,
+        accumulation=1,
+        loss="full",
+        optimizer="adamw",
+        keep_outputs="backward",
+    )
