@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("life",),
     ("inference",),
     ("profile", "plan", "simulation", "validation", "kernels", "cublas"),
-    ("tape",),
+    ("tape", "track"),
     ("runs", "grid"),
     ("importers",),
     ("methods", "quantizations", "optimizers", "losses", "models", "results"),
