@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -29,37 +29,51 @@ class Point:
         return sum(self.parts.values())
 
 
-Course = Mapping[str, tuple[Point, ...]]
-"""By moment, in order: the points that it is drawn by."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """A moment as it is lived through; those of a micro-batch come again with it."""
+
+    moment: str
+    points: tuple[Point, ...]
+
+
+Course = tuple[Stretch, ...]
 
 
 def of_moments(moments: Iterable[Moment]) -> Course:
     """A point a moment: its peak, as an estimate knows it; empty without categories."""
     moments = tuple(moments)
     if not any(moment.breakdown for moment in moments):
-        return {}
-    return {
-        moment.label: (
-            Point(
-                parts=_positive(moment.breakdown, moment.allocated_bytes),
-                reserved_bytes=moment.reserved_bytes,
+        return ()
+    return tuple(
+        Stretch(
+            moment=moment.label,
+            points=(
+                Point(
+                    parts=_positive(moment.breakdown, moment.allocated_bytes),
+                    reserved_bytes=moment.reserved_bytes,
+                ),
             ),
         )
         for moment in moments
-    }
+    )
 
 
 def of_samples(samples: Iterable[Sample]) -> Course:
     """Points through each moment, at the largest of as many events each."""
-    events: dict[str, list[_Event]] = defaultdict(list)
     before = 0
-    for one in samples:
-        change = one.allocated_bytes - before
-        before = one.allocated_bytes
-        event = (one.category or "activations", change, one.reserved_bytes)
-        events[one.moment].append(event)
     parts = dict.fromkeys(INSIDE, 0)
-    return {moment: tuple(_thinned(own, parts)) for moment, own in events.items()}
+    found: list[Stretch] = []
+    for moment, own in itertools.groupby(samples, lambda one: one.moment):
+        events: list[_Event] = []
+        for one in own:
+            change = one.allocated_bytes - before
+            before = one.allocated_bytes
+            category = one.category or "activations"
+            events.append((category, change, one.reserved_bytes))
+        points = tuple(_thinned(events, parts))
+        found.append(Stretch(moment=moment, points=points))
+    return tuple(found)
 
 
 _Event = tuple[str, int, int]

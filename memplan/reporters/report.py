@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from typing import Any
 
-from memplan.footprint import Footprint
+from memplan import accuracy
+from memplan.footprint import Footprint, Moment
 from memplan.plan import Plan
 from memplan.profile import Profile, slug
 from memplan.recipe import Recipe
@@ -98,7 +98,7 @@ def _sections(report: Report) -> Iterator[Section]:
 
 def _memory(report: Report) -> Section:
     rows = [
-        (moment.label, *map(format_bytes, _peaks(moment)))
+        (moment.label, *map(_read, _peaks(moment)))
         for moment in report.footprint.moments
     ]
     return Section(
@@ -112,8 +112,13 @@ def _memory(report: Report) -> Section:
     )
 
 
-def _peaks(moment: Any) -> tuple[int, int]:
+def _peaks(moment: Moment) -> tuple[int, int]:
     return moment.allocated_bytes, moment.reserved_bytes
+
+
+def _read(num_bytes: int) -> str:
+    """A reading; 0 bytes were not read."""
+    return format_bytes(num_bytes) if num_bytes else "-"
 
 
 def _breakdown(report: Report) -> Section:
@@ -139,27 +144,26 @@ def _breakdown(report: Report) -> Section:
 
 
 def _measured(run: Profile, found: Footprint, predicted: Footprint) -> Section:
-    known = {moment.label: moment for moment in predicted.moments}
     labels = measured.shared(found, predicted)
-    rows = []
-    for moment in found.moments:
-        if moment.label not in labels:
-            continue
-        ours = known[moment.label].allocated_bytes
-        share = (
-            f"{ours / moment.allocated_bytes - 1:+.2%}"
-            if moment.allocated_bytes
-            else ""
-        )
-        told = (moment.allocated_bytes, ours)
-        rows.append((moment.label, *map(format_bytes, told), share))
+    sides = [
+        {moment.label: moment.allocated_bytes for moment in footprint.moments}
+        for footprint in (found, predicted)
+    ]
+    compared = accuracy.compare(run, "", lambda _: predicted)
+    pairs = {label: tuple(side[label] for side in sides) for label in labels} | {
+        f"peak, {reading}": (size, compared.predicted[reading])
+        for reading, size in compared.measured.items()
+    }
     return Section(
         title="Measured beside predicted",
         words=(f"Run {run.id}, measured by {run.source} on {run.card}.",),
         figure=measured.figure(found, predicted) if labels else None,
         table=Table(
-            columns=("moment", "measured", "predicted", "error"),
-            rows=rows,
+            columns=("reading", "measured", "predicted", "error"),
+            rows=[
+                (label, *map(format_bytes, pair), f"{pair[1] / pair[0] - 1:+.2%}")
+                for label, pair in pairs.items()
+            ],
             right=("measured", "predicted", "error"),
         ),
     )

@@ -30,9 +30,13 @@ def figure(report: Report) -> Figure:
 def name(change: Change) -> str:
     """The keys that change, and to what."""
     return ", ".join(
-        f"{key.replace('_', ' ')} {str(value).lower() if value is True else value}"
+        f"{key.replace('_', ' ')} {_shown(value)}"
         for key, value in change.changes.items()
     )
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _draw(axes: Axes, changes: tuple[Change, ...]) -> None:

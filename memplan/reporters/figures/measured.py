@@ -24,9 +24,13 @@ def figure(measured: Footprint, predicted: Footprint) -> Figure:
 
 
 def shared(measured: Footprint, predicted: Footprint) -> list[str]:
-    """The moments that were measured and are predicted."""
+    """The moments that were measured and are predicted; 0 bytes were not read."""
     known = {moment.label for moment in predicted.moments}
-    return [moment.label for moment in measured.moments if moment.label in known]
+    return [
+        moment.label
+        for moment in measured.moments
+        if moment.label in known and moment.allocated_bytes
+    ]
 
 
 def _draw(

@@ -31,7 +31,7 @@ def figure(report: Report) -> Figure:
 def _draw(axes: Axes, report: Report) -> None:
     course = report.course
     edges = _edges(course)
-    points = [point for own in course.values() for point in own]
+    points = [point for stretch in course for point in stretch.points]
     below = [0.0] * len(points)
     for name in INSIDE:
         sizes = gib([point.parts[name] for point in points])
@@ -79,14 +79,16 @@ def _draw_card(axes: Axes, report: Report) -> None:
 def _edges(course: Course) -> list[float]:
     """Where each point begins, a moment being of width 1, and where the last ends."""
     edges: list[float] = []
-    for place, own in enumerate(course.values()):
-        edges += [place + number / len(own) for number in range(len(own))]
+    for place, stretch in enumerate(course):
+        count = len(stretch.points)
+        edges += [place + number / count for number in range(count)]
     return [*edges, float(len(course))]
 
 
 def _name_moments(axes: Axes, course: Course) -> None:
     places = [place + 0.5 for place in range(len(course))]
-    axes.set_xticks(places, list(course), rotation=35, ha="right")
+    names = [stretch.moment for stretch in course]
+    axes.set_xticks(places, names, rotation=35, ha="right")
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(0, len(course))
     for place in range(1, len(course)):
