@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("exporters",),
     ("report",),
     ("reporters",),
+    ("page",),
     ("commands",),
     ("cli",),
     ("__main__", "__init__"),

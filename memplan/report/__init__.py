@@ -97,8 +97,10 @@ class Subject:
     versions: Mapping[str, str]
 
 
-def of_estimate(subject: Subject) -> Report:
+def of_estimate(subject: Subject, *, whole: bool = True) -> Report:
     """The report of an estimate; needs no torch where the estimate needs none.
+
+    Unless `whole`, nothing is asked of other recipes, nor written for trainers.
 
     Raises InputError for a recipe that cannot run.
     """
@@ -112,6 +114,7 @@ def of_estimate(subject: Subject) -> Report:
         terms=terms(found),
         course=of_moments(found.footprint.moments),
         estimate=found,
+        whole=whole,
     )
 
 
@@ -168,18 +171,24 @@ def of_run(run: Profile, about: Report) -> Report:
 
 
 def _report(
-    subject: Subject, *, footprint: Footprint, estimate: Estimate | None, **parts: Any
+    subject: Subject,
+    *,
+    footprint: Footprint,
+    estimate: Estimate | None,
+    whole: bool = True,
+    **parts: Any,
 ) -> Report:
-    gpu, recipe = subject.gpu, subject.recipe
+    gpu, recipe, kind = subject.gpu, subject.recipe, parts["kind"]
+    model = subject.architecture
     return Report(
-        architecture=subject.architecture,
+        architecture=model,
         recipe=recipe,
         gpu=gpu,
         footprint=footprint,
-        levers=levers(subject.architecture, recipe, gpu),
-        reach=() if estimate is None else frontier(estimate, gpu),
-        cells=() if estimate is None else cells(estimate),
-        exports=exports(subject.architecture, recipe, gpu, footprint, parts["kind"]),
+        levers=levers(model, recipe, gpu) if whole else Levers(),
+        reach=frontier(estimate, gpu) if estimate and whole else (),
+        cells=cells(estimate) if estimate and whole else (),
+        exports=exports(model, recipe, gpu, footprint, kind) if whole else (),
         errors=accuracy.comparable_errors(recipe, gpu),
         notes=(*(gpu.assumptions if gpu else ()), *footprint.notes),
         versions=subject.versions,

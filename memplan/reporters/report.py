@@ -9,7 +9,7 @@ from memplan import accuracy
 from memplan.footprint import Footprint, Moment
 from memplan.plan import Plan
 from memplan.profile import Profile, slug
-from memplan.recipe import Recipe
+from memplan.recipe import recipe_text
 from memplan.report import SOURCES, Report
 from memplan.reporters.document import Code, Document, Section, Table
 from memplan.reporters.figures import (
@@ -36,7 +36,7 @@ def document(report: Report) -> Document:
     return Document(
         name=name_of(report),
         title=_title(report),
-        verdict=f"{verdict(report.footprint, report.gpu)}.",
+        verdict=sentence(report),
         fits=report.footprint.fits,
         lead=(
             f"{headline(report.architecture, report.recipe, report.parameters)}; "
@@ -46,6 +46,11 @@ def document(report: Report) -> Document:
         sections=tuple(_sections(report)),
         numbers=report.to_json(),
     )
+
+
+def sentence(report: Report) -> str:
+    """The verdict, as every command says it."""
+    return f"{verdict(report.footprint, report.gpu)}."
 
 
 def name_of(report: Report) -> str:
@@ -74,15 +79,15 @@ def _drawn_from(report: Report) -> Iterator[str]:
 
 
 def _sections(report: Report) -> Iterator[Section]:
-    yield _memory(report)
+    yield memory_section(report)
     if report.terms:
-        yield _breakdown(report)
+        yield breakdown_section(report)
     if report.measured is not None and report.predicted is not None:
         yield _measured(report.measured, report.footprint, report.predicted)
     if report.levers.changes:
-        yield _levers(report)
+        yield levers_section(report)
     if any(one.sequence_length for one in report.reach):
-        yield _frontier(report)
+        yield frontier_section(report)
     if any(cell.layer is not None for cell in report.cells):
         yield _modules(report)
     if report.largest:
@@ -93,10 +98,11 @@ def _sections(report: Report) -> Iterator[Section]:
         yield _equations(report)
     yield _accuracy(report)
     yield _to_copy(report)
-    yield _assumptions(report)
+    yield assumptions_section(report)
 
 
-def _memory(report: Report) -> Section:
+def memory_section(report: Report) -> Section:
+    """Memory through load and steps, and the peak of each moment."""
     rows = [
         (moment.label, *map(_read, _peaks(moment)))
         for moment in report.footprint.moments
@@ -121,11 +127,12 @@ def _read(num_bytes: int) -> str:
     return format_bytes(num_bytes) if num_bytes else "-"
 
 
-def _breakdown(report: Report) -> Section:
+def breakdown_section(report: Report, *, pictured: bool = True) -> Section:
+    """The peak by category."""
     total = sum(term.num_bytes for term in report.terms) or 1
     return Section(
         title="What the peak is made of",
-        figure=breakdown.figure(report),
+        figure=breakdown.figure(report) if pictured else None,
         table=Table(
             columns=("term", "bytes", "share", "which is"),
             rows=[
@@ -169,7 +176,8 @@ def _measured(run: Profile, found: Footprint, predicted: Footprint) -> Section:
     )
 
 
-def _levers(report: Report) -> Section:
+def levers_section(report: Report, *, pictured: bool = True) -> Section:
+    """Changes of one knob, what saves the most first."""
     changes, unknown = report.levers.changes, report.levers.num_unknown
     left_out = (
         f"{unknown} more would have to be traced first; `memplan why-not` has them.",
@@ -177,7 +185,7 @@ def _levers(report: Report) -> Section:
     return Section(
         title="What a change would save",
         words=left_out if unknown else (),
-        figure=levers.figure(report),
+        figure=levers.figure(report) if pictured else None,
         table=Table(
             columns=("change", "saves", "then lacks", "speed"),
             rows=[
@@ -194,12 +202,13 @@ def _levers(report: Report) -> Section:
     )
 
 
-def _frontier(report: Report) -> Section:
+def frontier_section(report: Report, *, pictured: bool = True) -> Section:
+    """The longest sequence that fits, batch by batch."""
     ends = any(one.ends for one in report.reach)
     return Section(
         title="Longest sequence by batch",
         words=("*: the model's positions end there.",) if ends else (),
-        figure=frontier.figure(report),
+        figure=frontier.figure(report) if pictured else None,
         table=Table(
             columns=("batch", "longest sequence"),
             rows=[
@@ -322,7 +331,7 @@ def _accuracy(report: Report) -> Section:
 
 
 def _to_copy(report: Report) -> Section:
-    recipe = Code(name="recipe.yaml", text=recipe_text(report.recipe))
+    recipe = Code(name="recipe.yaml", text=recipe_text(report.recipe.to_json()))
     files = [
         Code(name=f"{one.trainer}: {one.file}", text=one.text) for one in report.exports
     ]
@@ -334,14 +343,6 @@ def _to_copy(report: Report) -> Section:
         ),
         code=(Code(name="Commands", text=commands(report)), recipe, *files),
     )
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """The recipe as a file that `--recipe` takes, every key settled."""
-    import yaml
-
-    told: str = yaml.safe_dump(recipe.to_json(), sort_keys=False)
-    return told
 
 
 def commands(report: Report) -> str:
@@ -358,7 +359,8 @@ def commands(report: Report) -> str:
     return "".join(f"{line}\n" for line in lines if line)
 
 
-def _assumptions(report: Report) -> Section:
+def assumptions_section(report: Report) -> Section:
+    """Notes and versions."""
     versions = ", ".join(f"{name} {one}" for name, one in report.versions.items())
     return Section(
         title="What was assumed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,16 +57,26 @@ class Figure:
     svg: str
 
 
-def drawn(draw: Callable[[Axes], None], height_inches: float = 3.0) -> str:
-    """What a function draws on axes, as SVG without a prolog."""
+def drawn(
+    draw: Callable[[Axes], None],
+    height_inches: float = 3.0,
+    edges: Mapping[str, float] | None = None,
+) -> str:
+    """What a function draws on axes, as SVG without a prolog.
+
+    Where the axes' edges are not given, they are made to fit, which draws twice.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context(_STYLE):
-        canvas = Canvas(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        layout: Any = None if edges else "constrained"
+        canvas = Canvas(figsize=(WIDTH_INCHES, height_inches), layout=layout)
         FigureCanvasSVG(canvas)
         draw(canvas.add_subplot())
+        if edges:
+            canvas.subplots_adjust(**edges)
         told = io.StringIO()
         canvas.savefig(told, format="svg", metadata=_NO_METADATA)
     return _shorn(told.getvalue())

@@ -24,7 +24,7 @@ def figure(report: Report) -> Figure:
         title="Memory over the step",
         words=f"Allocated memory by category through load, adaptation and two steps; "
         f"the most is {format_bytes(peak.allocated_bytes)}, in {peak.label}.",
-        svg=drawn(lambda axes: _draw(axes, report), 3.4),
+        svg=drawn(lambda axes: _draw(axes, report), 3.6, _EDGES),
     )
 
 
@@ -53,8 +53,11 @@ def _draw(axes: Axes, report: Report) -> None:
     _name_moments(axes, course)
     axes.set_ylabel("GiB")
     axes.set_ylim(bottom=0)
-    axes.figure.legend(loc="outside lower center", ncols=4, **_COMPACT)
+    axes.figure.legend(loc="lower center", ncols=4, **_COMPACT)
 
+
+_EDGES = {"left": 0.13, "right": 0.98, "top": 0.93, "bottom": 0.39}
+"""Of the axes, as shares of the picture: room for moments and the legend."""
 
 _COMPACT: dict[str, Any] = {"handlelength": 1.2, "columnspacing": 1.2}
 
@@ -73,6 +76,7 @@ def _draw_card(axes: Axes, report: Report) -> None:
         ha="right",
         color=LIGHT["line"],
         fontsize=8,
+        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1.5},
     )
 
 
