@@ -153,13 +153,9 @@ def build() -> gradio.Blocks:
                 controls = _controls(gradio)
                 _actions(gradio, controls)
             with gradio.Column(scale=3, min_width=320):
-                details = gradio.HTML(
-                    elem_id="details", elem_classes="memplan", padding=False
-                )
+                details = _html(gradio, "details")
             with gradio.Column(scale=3, min_width=320):
-                levers = gradio.HTML(
-                    elem_id="levers", elem_classes="memplan", padding=False
-                )
+                levers = _html(gradio, "levers")
         triggers = [blocks.load, *(one.change for one in controls)]
         shown = gradio.on(triggers, _answered, controls, [verdict, details], **_QUIET)
         shown.then(_changed, controls, levers, **_QUIET)
@@ -181,7 +177,7 @@ def _controls(gradio: Any) -> list[Any]:
     found = [
         gradio.Dropdown(names, value=FIRST_MODEL, label="Model"),
         gradio.Dropdown([(NO_CARD, ""), *cards], value=FIRST_CARD, label="Card"),
-        gradio.Textbox(label="Or its size", info="Such as 12GB; then it is the card."),
+        gradio.Textbox(label="Or its size, such as 12GB"),
         *(_control(gradio, key, getattr(first, key)) for key in KEYS),
     ]
     with gradio.Accordion("More", open=False):

@@ -20,7 +20,7 @@ def render(document: Document) -> str:
     from markupsafe import Markup
 
     # `<` within a script's text could end it.
-    numbers = json.dumps(document.numbers, indent=1).replace("<", "\\u003c")
+    numbers = json.dumps(document.numbers).replace("<", "\\u003c")
     return _rendered(
         "report.html.j2",
         document=document,

@@ -15,6 +15,7 @@ from memplan.page import app
 LLAMA = ("meta-llama/Llama-2-7b-hf", "--gpu", "GeForce RTX 3060 12GB")
 OPENS_WITH = {"--quantization": "nf4-double", "--checkpointing": "full"}
 
+SIZE = "Or its size, such as 12GB"
 VERDICT = "#verdict .verdict"
 
 
@@ -76,7 +77,10 @@ def choose(page: Any, label: str, text: str) -> None:
         page.locator("ul li.active", has_text=text).wait_for()
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
-    assert control.input_value() == text
+    page.wait_for_function(
+        "([control, text]) => control.value === text",
+        arg=[control.element_handle(), text],
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -117,7 +121,7 @@ def test_a_control_changes_the_verdict_by_keyboard(
 
 
 def test_a_size_is_taken_for_a_card(watched: Watched) -> None:
-    choose(watched.page, "Or its size", "4GB")
+    choose(watched.page, SIZE, "4GB")
 
     watched.page.wait_for_selector(f"{VERDICT}.fits-not")
     assert "Does not fit on 4GB" in watched.page.locator(VERDICT).inner_text()
@@ -133,11 +137,11 @@ def test_another_model_is_chosen(watched: Watched) -> None:
 
 
 def test_what_is_wrong_is_said_in_words(watched: Watched) -> None:
-    choose(watched.page, "Or its size", "twelve")
+    choose(watched.page, SIZE, "twelve")
 
     alert = watched.page.wait_for_selector("#verdict [role=alert]")
     assert "twelve" in alert.inner_text()
-    choose(watched.page, "Or its size", "")
+    choose(watched.page, SIZE, "")
     shows(watched.page, said())
     assert watched.leaving == []
 
