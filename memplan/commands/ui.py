@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from memplan.page.app import LOOPBACK, PORT, serve
+from memplan.page.app import LOOPBACK, PORT, build, serve
 
 
 @click.command()
@@ -23,5 +23,6 @@ def command(host: str, port: int, opens: bool) -> None:
     Choose a model, a card and a recipe; what they take is shown at once. Needs
     memplan[ui].
     """
+    blocks = build()
     click.echo(f"memplan on http://{host}:{port} (Ctrl-C ends it)")
-    serve(host, port, opens=opens)
+    serve(blocks, host, port, opens=opens)

@@ -2,7 +2,7 @@
 
 Nothing of it comes from another machine: no telemetry, fonts or scripts. It listens on
 the loopback address unless it is told otherwise. A Space's `app.py` is
-`from memplan.page.app import serve; serve(host="0.0.0.0")`.
+`from memplan.page.app import build, serve; serve(build(), host="0.0.0.0")`.
 """
 
 from __future__ import annotations
@@ -61,13 +61,16 @@ footer {{ display: none !important; }}
 
 
 def serve(
-    host: str = LOOPBACK, port: int | None = PORT, *, opens: bool = False
+    blocks: gradio.Blocks,
+    host: str = LOOPBACK,
+    port: int | None = PORT,
+    *,
+    opens: bool = False,
 ) -> None:
     """Serves the page until it is interrupted.
 
-    Raises MissingExtraError without Gradio, InputError for a port that is taken.
+    Raises InputError for a port that is taken.
     """
-    blocks = build()
     try:
         blocks.launch(**launch_options(host, port), inbrowser=opens)
     except OSError as error:
@@ -92,7 +95,7 @@ def launch_options(host: str, port: int | None) -> dict[str, Any]:
         "run_history": False,
         "enable_monitoring": False,
         "footer_links": [],
-        "quiet": False,
+        "quiet": True,
         "theme": _theme(gradio),
         "css": css,
     }

@@ -23,7 +23,7 @@ VERDICT = "#verdict .verdict"
 def url() -> Iterator[str]:
     pytest.importorskip("gradio")
     blocks = app.build()
-    options = app.launch_options(app.LOOPBACK, None) | {"quiet": True}
+    options = app.launch_options(app.LOOPBACK, None)
     _, local, shared = blocks.launch(**options, prevent_thread_lock=True)
     assert shared is None
     yield local
@@ -123,8 +123,10 @@ def test_a_control_changes_the_verdict_by_keyboard(
 def test_a_size_is_taken_for_a_card(watched: Watched) -> None:
     choose(watched.page, SIZE, "4GB")
 
-    watched.page.wait_for_selector(f"{VERDICT}.fits-not")
-    assert "Does not fit on 4GB" in watched.page.locator(VERDICT).inner_text()
+    verdict = watched.page.locator(
+        f"{VERDICT}.fits-not", has_text="Does not fit on 4GB"
+    )
+    verdict.wait_for()
 
 
 def test_another_model_is_chosen(watched: Watched) -> None:
@@ -173,4 +175,4 @@ def test_a_port_that_is_taken_is_said(url: str) -> None:
     port = int(url.rstrip("/").rpartition(":")[2])
 
     with pytest.raises(InputError, match="--port"):
-        app.serve(port=port)
+        app.serve(app.build(), port=port)
