@@ -69,14 +69,14 @@ def _draw_card(axes: Axes, report: Report) -> None:
     axes.axhline(gpu.budget_bytes / GIB, color=LIGHT["line"], linewidth=1.4)
     axes.annotate(
         f"{gpu.name}: {format_bytes(gpu.budget_bytes)} for torch",
-        (1, gpu.budget_bytes / GIB),
+        (0, gpu.budget_bytes / GIB),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
+        xytext=(3, 5),
         textcoords="offset points",
-        ha="right",
+        ha="left",  # where the least is, so that no peak is hidden
         color=LIGHT["line"],
         fontsize=8,
-        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1.5},
+        bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 0.5},
     )
 
 
