@@ -26,6 +26,8 @@ COMMANDS = {
     "models": "List the models that the catalog knows.",
     "plan": "Choose the recipe, and a rank for every module, that fit a card.",
     "simulate": "Simulate a fine-tune's memory, or inference's, byte for byte.",
+    "report": "Write a report to look at: HTML, and Markdown with figures.",
+    "ui": "Serve the calculator as a web page on this machine.",
     "profile": "Measure a real short fine-tune, in a process of its own.",
     "runs": "List measured runs, show one, or import others'.",
     "validate": "Compare predictions with everything that was measured.",

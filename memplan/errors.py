@@ -6,6 +6,7 @@
     - UnknownNameError  a name that is in no catalog or registry; lists the near ones
     - HubError          the hub, its cache or its answer
     - MissingExtraError a part that is not installed; names the extra
+    - UntracedError     an estimate that would take a trace, where none may be made
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class MissingExtraError(InputError):
             "is not installed",
             f"install it with: pip install 'memplan[{extra}]'",
         )
+
+
+class UntracedError(InputError):
+    """An estimate that would take a trace first, where none may be made."""
 
 
 def shown(value: object) -> str:

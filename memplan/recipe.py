@@ -316,6 +316,14 @@ def _parse_yaml(text: str, field: str, remedy: str) -> Any:
         raise InputError(field, text, "is nested too deeply", remedy) from error
 
 
+def recipe_text(keys: Mapping[str, Any]) -> str:
+    """Keys of a recipe, as plain values, as a file that `--recipe` takes."""
+    import yaml
+
+    text: str = yaml.safe_dump(dict(keys), sort_keys=False)
+    return text if keys else ""
+
+
 def _plain(value: Any) -> Any:
     """The value as JSON holds it."""
     if isinstance(value, Mapping):

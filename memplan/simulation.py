@@ -37,6 +37,8 @@ class Sample:
     """What asked for the block that was allocated or released."""
     module: str
     """The path of the module that the block belongs to; empty outside of modules."""
+    category: str = ""
+    """What the block is for, one of CATEGORIES; empty where none came or went."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

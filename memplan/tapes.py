@@ -12,14 +12,15 @@ import functools
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from memplan import results, tape, track
 from memplan.architecture import Architecture
-from memplan.errors import InputError, MissingExtraError
+from memplan.errors import InputError, MissingExtraError, UntracedError
 from memplan.store import profiles_path, write_bytes
 from memplan.tape import (
     CacheTape,
@@ -274,12 +275,28 @@ def read_lines(path: Path | None) -> dict[str, str]:
     return {key: line for key, _, line in pairs}
 
 
+_TRACES: ContextVar[bool] = ContextVar("traces", default=True)
+
+
+@contextlib.contextmanager
+def known_only() -> Iterator[None]:
+    """Raises UntracedError within, where a tape would have to be traced first."""
+    token = _TRACES.set(False)
+    try:
+        yield
+    finally:
+        _TRACES.reset(token)
+
+
 def _taping(architecture: Architecture | None) -> Any:
     needed_for = (
         "estimating this recipe, which nothing was read ahead for"
         if architecture is None
         else f"estimating {architecture.name} under this recipe for the first time"
     )
+    if not _TRACES.get():
+        remedy = "ask `memplan estimate`, which traces what it needs once"
+        raise UntracedError(needed_for, "", "takes a trace", remedy)
     try:
         from memplan.simulator import taping
     except ModuleNotFoundError as error:

@@ -149,6 +149,7 @@ def test_a_timeline_as_csv(model: str, tmp_path: Path) -> None:
         "reserved_bytes",
         "operator",
         "module",
+        "category",
     ]
     assert [int(row["index"]) for row in rows] == [*range(len(rows))]
     assert [*dict.fromkeys(row["moment"] for row in rows)] == labels(found)

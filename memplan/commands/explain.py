@@ -28,7 +28,7 @@ def command(name: str, folder: str, as_json: bool) -> None:
 
     RUN is a run's file, or the name of one: see `memplan runs`.
     """
-    run = _find(name, Path(folder))
+    run = find_run(name, Path(folder))
     ways = accuracy.predictors(json.versions())
     title = f"Explaining {run.id}"
     with terminal.progress(title, quiet=as_json) as told, without_compiler():
@@ -42,7 +42,8 @@ def command(name: str, folder: str, as_json: bool) -> None:
         reporter.report_explanation(run, one)
 
 
-def _find(name: str, folder: Path) -> Profile:
+def find_run(name: str, folder: Path) -> Profile:
+    """The run in a file, or of a name; raises InputError where there is none."""
     if Path(name).is_file():
         return runs.read(Path(name))
     return runs.find(accuracy.known_runs(folder), name)

@@ -84,7 +84,9 @@ def command(  # noqa: PLR0913 - each is an option
         remedy = "give a card, a size such as 12GB, or auto"
         raise InputError("--gpu", "", "is missing", remedy)
     given = models or ((named,) if named else ())
-    chosen = _models(given, family, max_params, trust_remote_code=trust_remote_code)
+    chosen = chosen_models(
+        given, family, max_params, trust_remote_code=trust_remote_code
+    )
     found = lengths_of(lengths_file, given[0] if given else "", keys)
     if found is not None:
         recipe = Recipe.from_mapping({**DEFAULTS, **keys})
@@ -123,10 +125,10 @@ def _names(keys: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def _models(
+def chosen_models(
     names: Sequence[str],
-    family: str | None,
-    max_params: str | None,
+    family: str | None = None,
+    max_params: str | None = None,
     *,
     trust_remote_code: bool,
 ) -> list[Architecture]:

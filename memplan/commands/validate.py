@@ -41,8 +41,8 @@ def command(
 
     Runs are listed with the worst first; groups of them are never pooled.
     """
-    found = _runs(places)
-    comparisons, left_out = _compare(found, quiet=as_json)
+    found = runs_at(places)
+    comparisons, left_out = compare_all(found, quiet=as_json)
     groups = accuracy.groups_of(comparisons)
     if figure is not None:
         reporter.draw(comparisons, Path(figure))
@@ -62,14 +62,15 @@ def command(
         reporter.report_validation(groups, comparisons, left_out)
 
 
-def _runs(places: Sequence[str]) -> tuple[Profile, ...]:
+def runs_at(places: Sequence[str]) -> tuple[Profile, ...]:
+    """The runs of the places, or all that are known."""
     if not places:
         return accuracy.known_runs(runs.FOLDER)
     found = [importers.read(Path(place)).runs for place in places]
     return tuple(run for group in found for run in group)
 
 
-def _compare(
+def compare_all(
     found: Sequence[Profile], *, quiet: bool
 ) -> tuple[list[Comparison], dict[str, str]]:
     """Every run by every way, and the reasons of those that cannot be compared."""

@@ -200,8 +200,12 @@ class Question:
             recipe=recipe,
             saved_bytes=before - footprint.life_peak.reserved_bytes,
             missing_bytes=self._missing(footprint),
-            speed=self._cost(recipe) / self._cost(self.recipe),
+            speed=self._cost(recipe) / self._own_cost,
         )
+
+    @functools.cached_property
+    def _own_cost(self) -> float:
+        return self._cost(self.recipe)
 
     def _cost(self, recipe: Recipe) -> float:
         return step_cost(self.architecture, recipe, rated(self.gpu)).tokens_per_second

@@ -28,7 +28,8 @@ COLUMNS = (
     *("reading", "by", "measured by", "card", "method", "quantisation"),
     *("runs", "median", "signed", "worst"),
 )
-_NUMBERS = COLUMNS[6:]
+NUMBERS = COLUMNS[6:]
+"""The columns that hold numbers."""
 
 README_MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 """What the README's table of errors lies between."""
@@ -40,11 +41,11 @@ def report_validation(
     left_out: Mapping[str, str],
 ) -> None:
     """Prints the groups' errors, then every run, the worst first."""
-    terminal.table(COLUMNS, [_group_row(group) for group in groups], right=_NUMBERS)
+    terminal.table(COLUMNS, [group_row(group) for group in groups], right=NUMBERS)
     terminal.say("")
     terminal.table(
         ("run", "by", *READINGS, "outcome", "predicted"),
-        [_run_row(each) for each in _worst_first(comparisons)],
+        [run_row(each) for each in worst_first(comparisons)],
         right=READINGS,
     )
     for run, reason in left_out.items():
@@ -71,8 +72,8 @@ def as_markdown(
 
 def markdown_groups(groups: Sequence[Group]) -> list[str]:
     """The table of errors that the README shows."""
-    alignment = ["---"] * (len(COLUMNS) - len(_NUMBERS)) + ["--:"] * len(_NUMBERS)
-    rows = [COLUMNS, tuple(alignment), *(_group_row(group) for group in groups)]
+    alignment = ["---"] * (len(COLUMNS) - len(NUMBERS)) + ["--:"] * len(NUMBERS)
+    rows = [COLUMNS, tuple(alignment), *(group_row(group) for group in groups)]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -116,7 +117,8 @@ def report_explanation(run: Profile, one: Explained) -> None:
         terminal.say(f"It would be explained if {each.what}: {left} would remain.")
 
 
-def _group_row(group: Group) -> tuple[str, ...]:
+def group_row(group: Group) -> tuple[str, ...]:
+    """A group's cells, under COLUMNS."""
     return (
         group.reading,
         group.way,
@@ -131,7 +133,8 @@ def _group_row(group: Group) -> tuple[str, ...]:
     )
 
 
-def _run_row(each: Comparison) -> tuple[str, ...]:
+def run_row(each: Comparison) -> tuple[str, ...]:
+    """A run's cells: its name, its way, READINGS, how it ended, the verdict."""
     cells = (_cell(each, reading) for reading in READINGS)
     return (each.run.id, each.way, *cells, each.run.outcome, _verdict(each))
 
@@ -148,7 +151,8 @@ def _verdict(each: Comparison) -> str:
     return {True: "fits", False: "does not fit", None: ""}[each.predicted_fits]
 
 
-def _worst_first(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def worst_first(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons, the largest error first."""
     return sorted(comparisons, key=lambda each: -each.worst)
 
 
@@ -159,7 +163,7 @@ def _markdown_runs(comparisons: Sequence[Comparison]) -> list[str]:
         "| run | by | allocated | reserved | device | outcome | predicted |",
         "|---|---|--:|--:|--:|---|---|",
     ]
-    lines += [f"| {' | '.join(_run_row(e))} |" for e in _worst_first(comparisons)]
+    lines += [f"| {' | '.join(run_row(e))} |" for e in worst_first(comparisons)]
     return lines
 
 

@@ -62,6 +62,7 @@ def samples(
             reserved_bytes=allocator.reserved_bytes,
             operator=log.operators[block] if block >= 0 else "empty_cache",
             module=log.modules[block] if block >= 0 else "",
+            category=log.categories[block] if block >= 0 else "",
         )
         index += 1
 

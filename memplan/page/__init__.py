@@ -1,0 +1,1 @@
+"""The web page: what the commands say, while a recipe is being changed."""

@@ -1,0 +1,69 @@
+"""Opens pages in headless Chromium, which tests are skipped without.
+
+Chromium is Debian's (`apt-get install chromium`); Playwright drives it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+CHROMIUM = os.environ.get("MEMPLAN_CHROMIUM") or shutil.which("chromium")
+
+ON_THIS_MACHINE = ("file:", "data:", "blob:", "http://127.0.0.1", "ws://127.0.0.1")
+
+WIDTHS = {"desktop": 1280, "phone": 390}
+
+
+@dataclass(slots=True)
+class Watched:
+    """A page, and what it said and asked for."""
+
+    page: Any
+    errors: list[str] = field(default_factory=list)
+    """Errors and warnings on its console, and exceptions."""
+    leaving: list[str] = field(default_factory=list)
+    """Addresses of other machines that it asked for."""
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; skips the test where there is none."""
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, url: str, *, width: int, scheme: str) -> Watched:
+    """A page at an address, at a width, in a colour scheme."""
+    page = browser.new_page(
+        viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
+    watched = Watched(page)
+    page.on("console", lambda told: _note(watched, told))
+    page.on("pageerror", lambda error: watched.errors.append(str(error)))
+    page.on("request", lambda asked: _note_request(watched, asked.url))
+    page.goto(url)
+    return watched
+
+
+def _note(watched: Watched, told: Any) -> None:
+    if told.type in ("error", "warning"):
+        watched.errors.append(told.text)
+
+
+def _note_request(watched: Watched, url: str) -> None:
+    if not url.startswith(ON_THIS_MACHINE):
+        watched.leaving.append(url)
