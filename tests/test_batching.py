@@ -65,7 +65,10 @@ def test_shapes_are_those_of_the_samples() -> None:
 
 def test_bytes_are_estimates_of_the_shapes() -> None:
     for batch in batches(architecture(), RECIPE, GPU, LENGTHS):
-        assert batch.footprint == estimator.estimate(architecture(), batch.recipe, GPU)
+        assert (
+            batch.footprint
+            == estimator.run(architecture(), batch.recipe, GPU).footprint
+        )
 
 
 def test_packing_takes_as_many_steps_as_its_tokens_fill() -> None:

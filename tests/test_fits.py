@@ -66,7 +66,7 @@ def test_an_answer_is_the_estimate_of_its_recipe() -> None:
             sequence_length=1024,
         )
         assert answer.recipe == recipe
-        assert answer.footprint == estimator.estimate(architecture(), recipe, CARD)
+        assert answer.footprint == estimator.run(architecture(), recipe, CARD).footprint
         assert answer.fits
         assert answer.longest_sequence == architecture().max_positions
 

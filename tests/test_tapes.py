@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def find(trace: Any) -> LayerTape:
-    return tapes.TapeFile("one").find("key", tape.layer_tape, trace)
+    return tapes.TapeFile("one", "tapes").find("key", tape.layer_tape, trace)
 
 
 def never() -> LayerTape:
@@ -76,10 +76,11 @@ def test_without_torch_an_untraced_tape_says_what_to_install(
 
 def test_every_generative_model_of_the_catalog_ships_its_tapes() -> None:
     missing = [
-        model.architecture.name
+        (model.architecture.name, kind)
         for model in catalog_models()
         if model.architecture.generative
-        and not tapes.shipped_path(tapes.name_of(model.architecture)).is_file()
+        for kind in tapes.KINDS
+        if not tapes.shipped_path(tapes.name_of(model.architecture), kind).is_file()
     ]
 
     assert missing == []

@@ -49,7 +49,7 @@ def limits(estimate: Estimate, gpu: Gpu) -> Limits:
 
 def largest_batch(estimate: Estimate, gpu: Gpu) -> int | None:
     """The most sequences of the recipe's length that fit in a micro-batch."""
-    room = _Room(estimate.parts, gpu)
+    room = _Room(estimate, gpu)
     length = estimate.parts.recipe.sequence_length
     return last_fitting(
         lambda batch: room.margin_bytes(batch, length), range(1, LARGEST_BATCH + 1)
@@ -61,7 +61,7 @@ def longest_sequence(estimate: Estimate, gpu: Gpu) -> int | None:
 
     In steps of LENGTH_STEP, up to the positions that the model is configured for.
     """
-    room = _Room(estimate.parts, gpu)
+    room = _Room(estimate, gpu)
     batch = estimate.parts.recipe.batch_size
     return last_fitting(
         lambda length: room.margin_bytes(batch, length),
@@ -69,24 +69,36 @@ def longest_sequence(estimate: Estimate, gpu: Gpu) -> int | None:
     )
 
 
+def _cache_bytes(estimate: Estimate, gpu: Gpu) -> int:
+    """What the allocator needs beyond what is allocated, where that made it fail."""
+    footprint, recipe = estimate.footprint, estimate.parts.recipe
+    if footprint.failed_moment is None:
+        return 0
+    step = step_of(estimate.parts, recipe.batch_size, recipe.sequence_length)
+    allocated = max(moment.reserved_bytes for moment in moments(estimate.parts, step))
+    return max(gpu.budget_bytes + footprint.missing_bytes - allocated, 0)
+
+
 class _Room:
     """What a fine-tune at other batches and sequences would leave of a card.
 
-    Its parts depend on neither, but for whether sequences outgrow the windows of
+    By what is allocated: the allocator gives its cache back before it fails. Its parts depend on neither, but for whether sequences outgrow the windows of
     sliding attention.
     """
 
-    def __init__(self, parts: Parts, gpu: Gpu) -> None:
+    def __init__(self, estimate: Estimate, gpu: Gpu) -> None:
+        parts = estimate.parts
         self._parts = {self._is_windowed(parts, parts.recipe.sequence_length): parts}
         self._base = parts
         self._gpu = gpu
+        self._kept_back = _cache_bytes(estimate, gpu)
 
     def margin_bytes(self, batch: int, length: int) -> int:
         """What is left at the life's peak; negative where it lacks."""
         parts = self._parts_at(length)
         life = moments(parts, step_of(parts, batch, length))
         peak_bytes = max(moment.reserved_bytes for moment in life)
-        return self._gpu.budget_bytes - peak_bytes
+        return self._gpu.budget_bytes - self._kept_back - peak_bytes
 
     def _parts_at(self, length: int) -> Parts:
         windowed = self._is_windowed(self._base, length)

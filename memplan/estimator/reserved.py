@@ -23,7 +23,7 @@ from memplan.allocator import (
 )
 from memplan.architecture import Linear
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
-from memplan.errors import MemplanError, MissingExtraError
+from memplan.errors import MemplanError, MissingExtraError, UntracedError
 from memplan.estimator.gradients import (
     embedding_scratch_bytes,
     is_tied,
@@ -167,7 +167,7 @@ def reserved(
         raise NotReplayedError("What is offloaded is not replayed.")
     try:
         return _Replay(parts, batch, length, budget_bytes).run()
-    except MissingExtraError as error:
+    except (MissingExtraError, UntracedError) as error:
         raise NotReplayedError(
             "No track of this recipe is shipped, and tracing one needs torch."
         ) from error

@@ -29,7 +29,7 @@ def card(size: str) -> Gpu:
 
 
 def fits(recipe: Recipe, gpu: Gpu) -> bool:
-    return bool(estimator.estimate(architecture(), recipe, gpu).fits)
+    return bool(estimator.run(architecture(), recipe, gpu).footprint.fits)
 
 
 @pytest.mark.parametrize("size", ["150MB", "220MB", "500MB"])
@@ -77,7 +77,8 @@ def test_sequences_outgrow_the_window_of_attention(length: int, tmp_path: Path) 
     assert 256 < found < CONFIG["max_position_embeddings"]
     for tried, expected in ((found, True), (found + LENGTH_STEP, False)):
         there = dataclasses.replace(recipe, sequence_length=tried)
-        assert estimator.estimate(windowed, there, gpu).fits is expected
+        footprint = estimator.run(windowed, there, gpu).footprint
+        assert footprint.fits is expected
 
 
 def test_nothing_fits_where_the_weights_do_not() -> None:
