@@ -82,8 +82,9 @@ def _cache_bytes(estimate: Estimate, gpu: Gpu) -> int:
 class _Room:
     """What a fine-tune at other batches and sequences would leave of a card.
 
-    By what is allocated: the allocator gives its cache back before it fails. Its parts depend on neither, but for whether sequences outgrow the windows of
-    sliding attention.
+    By what is allocated: the allocator gives its cache back before it fails. Its parts
+    depend on neither batch nor sequence, but for whether sequences outgrow the windows
+    of sliding attention.
     """
 
     def __init__(self, estimate: Estimate, gpu: Gpu) -> None:
