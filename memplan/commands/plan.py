@@ -36,6 +36,10 @@ from memplan.reporters import json, terminal
 from memplan.reporters import plan as reporter
 from memplan.units import parse_size
 
+MISSING_PRECISION = 4
+"""To how many parts it is found what a recipe that does not fit lacks: each is a replay
+of the whole step, and the ranks are solved again within less in any case."""
+
 
 @click.command(cls=RecipeCommand)
 @click.argument("model", required=False)
@@ -176,7 +180,10 @@ def simulation_on(
     tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
 
     def of(recipe: Recipe) -> Footprint:
-        found: Footprint = simulator.simulate(architecture, recipe, tighter)
+        run = simulator.run(
+            architecture, recipe, tighter, missing_precision=MISSING_PRECISION
+        )
+        found: Footprint = run.footprint
         capacity_bytes = gpu.budget_bytes + gpu.context_bytes
         return dataclasses.replace(found, capacity_bytes=capacity_bytes)
 

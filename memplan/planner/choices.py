@@ -82,6 +82,13 @@ def recipes(
         yield with_keys(base, given, changes)
 
 
+def excess_bytes(footprint: Footprint, budget_bytes: int) -> int:
+    """Bytes reserved beyond a budget, or still needed where memory ran out."""
+    if footprint.failed_moment is not None:
+        return max(footprint.missing_bytes, 1)
+    return footprint.life_peak.reserved_bytes - budget_bytes
+
+
 def departures(recipe: Recipe, base: Recipe) -> int:
     """How far a recipe's optimizer and loss are from the usual ones."""
     known = recipe.optimizer in OPTIMIZERS

@@ -16,7 +16,7 @@ import numpy as np
 
 from memplan.architecture import Linear
 from memplan.footprint import Footprint
-from memplan.planner.choices import Estimate
+from memplan.planner.choices import Estimate, excess_bytes
 from memplan.planner.modules import Group, with_ranks
 from memplan.planner.solver import Problem, Solution, solve_lagrangian, solve_milp
 from memplan.planner.solver.problem import Floats, Integers
@@ -115,7 +115,7 @@ class RankSearch:
             if solution.choices is None:
                 return None
             found = self._ranked(solution, regrets)
-            excess = _excess(found.footprint, self.budget_bytes)
+            excess = excess_bytes(found.footprint, self.budget_bytes)
             if excess <= 0:
                 return found
             posed = posed.with_free_bytes(posed.free_bytes - excess)
@@ -238,10 +238,3 @@ def _within_bytes(problem: Problem, used: Floats) -> Problem:
 def _allocated(footprint: Footprint, labels: Sequence[str]) -> Integers:
     by_label = {moment.label: moment.allocated_bytes for moment in footprint.moments}
     return np.array([by_label[label] for label in labels], dtype=np.int64)
-
-
-def _excess(footprint: Footprint, budget_bytes: int) -> int:
-    """Bytes that the footprint reserves beyond a budget, or would need to."""
-    if footprint.failed_moment is not None:
-        return max(footprint.missing_bytes, 1)
-    return footprint.life_peak.reserved_bytes - budget_bytes

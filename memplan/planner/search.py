@@ -20,7 +20,7 @@ from memplan.errors import InputError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
-from memplan.planner.choices import PREFERENCES, Estimate, Floors
+from memplan.planner.choices import PREFERENCES, Estimate, Floors, excess_bytes
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import (
     DEFAULT_PRIOR,
@@ -37,14 +37,22 @@ from memplan.units import format_bytes
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
 
-SHAPING_KEYS = ("checkpointing", "every_n_layers", "offload", "loss")
+SHAPING_KEYS = ("checkpointing", "every_n_layers", "offload")
 """Keys that decide what a step keeps, and so how far an estimate may be off."""
 
-MOST_FINALISTS = 6
-"""Recipes that are ranked and verified before the search gives up on a length."""
+CAUTION = 1.25
+"""What is missing is taken to be so many times as much: other ranks lie otherwise in
+the allocator's segments."""
 
-MOST_TIGHTENINGS = 2
-"""Times that a finalist is ranked, before it is verified at the smallest ranks."""
+Kind = tuple[Any, ...]
+"""A recipe's values of SHAPING_KEYS."""
+
+MOST_FINALISTS = 6
+"""Recipes of a length and a scheme that are ranked and verified."""
+
+DOUBTED_SHARE = 0.1
+"""The share of the budget beyond which no estimate is doubted that says a recipe does
+not fit: three times the estimate's bar beside the simulation at worst."""
 
 RATES_OF = "RTX 3060"
 """Whose bf16 rate and bandwidth stand for those of a card that has none known: it is of
@@ -87,6 +95,18 @@ class Found:
         return self.candidate.recipe if self.ranked is None else self.ranked.recipe
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upheld:
+    """What verifying a candidate said."""
+
+    ranked: Ranked | None
+    candidate: Candidate
+    """With its ranks and its verified footprint."""
+    estimated_bytes: int
+    excess_bytes: int
+    """What it takes beyond the budget; at most 0 where it is upheld."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """What is asked for. It has no slots, so that what is derived is derived once."""
@@ -107,33 +127,45 @@ class Search:
 
     def run(self) -> Found:
         """The best recipe; raises InputError where nothing fits."""
-        rejected = 0
+        num_looked_at = 0
         for length in self._lengths():
             for quantization in choices.quantizations(self.base, self.given):
                 made = [*self._recipes(quantization, length)]
+                num_looked_at += len(made)
                 tried = made if self._loads(made) else []
                 fitting = [one for one in map(self.candidate, tried) if one is not None]
-                rejected += len(made) - len(fitting)
-                found = self._best(fitting, rejected)
+                found = self._best(fitting, num_looked_at)
                 if found is not None:
                     return found
-        raise self._refusal(rejected)
+        if len(self._refused) == num_looked_at:
+            raise self._refused[-1]
+        return self._last_resort(num_looked_at)
 
-    def candidate(self, recipe: Recipe) -> Candidate | None:
-        """The recipe at the largest rank that all can share; None if none fits."""
-        fitting = self._last_that_fits(recipe)
+    def candidate(
+        self, recipe: Recipe, limit_bytes: int | None = None
+    ) -> Candidate | None:
+        """The recipe at the largest rank that all can share; None if none fits.
+
+        The limit is the budget unless it is given.
+        """
+        limit = self._budget_bytes if limit_bytes is None else limit_bytes
+        fitting = self._last_that_fits(recipe, limit)
         if fitting is None:
             return None
-        best, footprint = fitting
-        ranks = dict.fromkeys(self._linears, best.rank)
+        return self._judged(*fitting)
+
+    def _judged(self, recipe: Recipe, footprint: Footprint | None = None) -> Candidate:
+        """A recipe whose modules share a rank, with what it loses and how it runs."""
         return Candidate(
-            recipe=best,
-            footprint=footprint,
-            lost_share=lost_share(self._linears, ranks) if ranks else 0.0,
-            cost=step_cost(self.architecture, best, self._rated),
+            recipe=recipe,
+            footprint=footprint or self.estimate(recipe),
+            lost_share=self._lost_share(recipe.rank),
+            cost=step_cost(self.architecture, recipe, self._rated),
         )
 
-    def _last_that_fits(self, recipe: Recipe) -> tuple[Recipe, Footprint] | None:
+    def _last_that_fits(
+        self, recipe: Recipe, limit_bytes: int
+    ) -> tuple[Recipe, Footprint] | None:
         """The recipe at the last rank of the menu that fits, by halving."""
         made = self._smallest_of(recipe)
         try:
@@ -142,14 +174,14 @@ class Search:
             # Another combination may run where this one cannot.
             self._refused.append(error)
             return None
-        if not self._fits(footprint):
+        if excess_bytes(footprint, limit_bytes) > 0:
             return None
         best, low, high = (made, footprint), 0, len(self._menu)
         while high - low > 1:
             middle = (low + high) // 2
             made = self._shared(recipe, self._menu[middle])
             footprint = self.estimate(made)
-            if self._fits(footprint):
+            if excess_bytes(footprint, limit_bytes) <= 0:
                 best, low = (made, footprint), middle
             else:
                 high = middle
@@ -160,7 +192,7 @@ class Search:
         length = self._lengths()[-1]
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
-        return min(map(self._smallest_of, made), key=self._reserved)
+        return min(map(self._smallest_of, made), key=self._estimated)
 
     def _loads(self, made: list[Recipe]) -> bool:
         """Whether the weights fit, which no other knob changes."""
@@ -175,8 +207,8 @@ class Search:
         """The recipe at the smallest ranks."""
         return self._shared(recipe, self._menu[0]) if self._menu else recipe
 
-    def _reserved(self, recipe: Recipe) -> float:
-        """The reserved peak; infinite for a recipe that cannot run."""
+    def _estimated(self, recipe: Recipe) -> float:
+        """The estimated peak; infinite for a recipe that cannot run."""
         try:
             return self.estimate(recipe).life_peak.reserved_bytes
         except InputError:
@@ -209,64 +241,93 @@ class Search:
     def _worse(self, one: Candidate, best_lost: float) -> float:
         return max(0.0, one.lost_share - best_lost - QUALITY_TOLERANCE)
 
-    def _best(self, fitting: list[Candidate], rejected: int) -> Found | None:
+    def _best(self, fitting: list[Candidate], num_looked_at: int) -> Found | None:
         """The first of the best few that its verification upholds.
 
-        A finalist that fails says how far the estimate is off for its checkpointing
-        and loss, and spares those of the same that are no smaller by as much.
+        One that fails says how far the estimate is off for its checkpointing: all of
+        that kind are judged anew within so much less. After a few, the smallest of
+        those left has the last try.
         """
-        if not fitting:
-            return None
-        ordered = self.ordered(fitting)
-        limits: dict[tuple[Any, ...], float] = {}
-        tried = 0
-        for one in ordered:
-            smallest = self._smallest_of(one.recipe)
-            needed = self.estimate(smallest).life_peak.reserved_bytes
-            kind = tuple(getattr(one.recipe, key) for key in SHAPING_KEYS)
-            if needed > limits.get(kind, math.inf) or tried == MOST_FINALISTS:
-                continue
-            tried += 1
-            ranked, verified = self._upheld(one)
-            if self._fits(verified):
-                recipe = one.recipe if ranked is None else ranked.recipe
+        limits: dict[Kind, int] = {}
+        for tries_left in reversed(range(MOST_FINALISTS)):
+            if not fitting:
+                return None
+            one = self.ordered(fitting)[0] if tries_left else self._smallest(fitting)
+            kind = _kind(one)
+            limit = limits.get(kind, self._budget_bytes)
+            upheld = self._uphold(one, limit if tries_left else _reserved(one))
+            if upheld.excess_bytes <= 0:
                 return Found(
-                    ranked=ranked,
-                    candidate=dataclasses.replace(
-                        one, recipe=recipe, footprint=verified
-                    ),
-                    considered=tuple(ordered),
-                    num_rejected=rejected,
+                    ranked=upheld.ranked,
+                    candidate=upheld.candidate,
+                    considered=tuple(self.ordered(fitting)),
+                    num_rejected=num_looked_at - len(fitting),
                 )
-            limits[kind] = needed - self._excess(verified)
+            off = math.ceil(CAUTION * upheld.excess_bytes)
+            limits[kind] = min(upheld.estimated_bytes - off, limit - 1)
+            fitting = [*self._judged_anew(fitting, kind, limits[kind])]
         return None
 
-    def _upheld(self, one: Candidate) -> tuple[Ranked | None, Footprint]:
-        """The candidate's ranks and what verifying them says, the smallest at last."""
-        if not self._linears:
-            return None, self.verify(one.recipe)
-        budget_bytes = self._budget_bytes
-        for _ in range(MOST_TIGHTENINGS):
-            ranked = self._ranked(one.recipe, budget_bytes, self._menu)
-            if ranked is None:
-                break
-            verified = self.verify(ranked.recipe)
-            if self._fits(verified):
-                return ranked, verified
-            budget_bytes -= self._excess(verified)
-        ranked = self._ranked(one.recipe, self._budget_bytes, self._menu[:1])
-        verified = self.verify(self._smallest_of(one.recipe))
-        return ranked, verified
+    def _judged_anew(
+        self, fitting: Iterable[Candidate], kind: Kind, limit_bytes: int
+    ) -> Iterator[Candidate]:
+        """Those that fit when all of a kind are judged within a limit."""
+        for one in fitting:
+            concerned = _kind(one) == kind
+            again = self.candidate(one.recipe, limit_bytes) if concerned else one
+            if again is not None:
+                yield again
 
-    def _ranked(
-        self, recipe: Recipe, budget_bytes: int, ranks: tuple[int, ...]
-    ) -> Ranked | None:
+    def _uphold(self, one: Candidate, limit_bytes: int) -> Upheld:
+        """The candidate with its ranks within a limit, and what verifying it says."""
+        ranked = self._ranked(one.recipe, limit_bytes) if self._linears else None
+        recipe = one.recipe if ranked is None else ranked.recipe
+        estimated = one.footprint if ranked is None else ranked.footprint
+        verified = self.verify(recipe)
+        return Upheld(
+            ranked=ranked,
+            candidate=dataclasses.replace(one, recipe=recipe, footprint=verified),
+            estimated_bytes=estimated.life_peak.reserved_bytes,
+            excess_bytes=excess_bytes(verified, self._budget_bytes),
+        )
+
+    def _smallest(self, fitting: Iterable[Candidate]) -> Candidate:
+        """The smallest of the candidates, at the smallest ranks."""
+        made = (self._smallest_of(one.recipe) for one in fitting)
+        return self._judged(min(made, key=self._estimated))
+
+    def _last_resort(self, num_looked_at: int) -> Found:
+        """The smallest recipe of all, of which an estimate alone may think too much.
+
+        Raises InputError with what is missing.
+        """
+        one = self._judged(self.smallest())
+        excess = excess_bytes(one.footprint, self._budget_bytes)
+        if excess <= DOUBTED_SHARE * self._budget_bytes:
+            upheld = self._uphold(one, _reserved(one))
+            excess = upheld.excess_bytes
+            if excess <= 0:
+                return Found(
+                    ranked=upheld.ranked,
+                    candidate=upheld.candidate,
+                    considered=(one,),
+                    num_rejected=num_looked_at - 1,
+                )
+        raise InputError(
+            "--gpu",
+            self.gpu.name,
+            "is too small: the smallest recipe within the floors lacks "
+            f"{format_bytes(excess)}",
+            "see `memplan why-not`",
+        )
+
+    def _ranked(self, recipe: Recipe, budget_bytes: int) -> Ranked | None:
         return RankSearch(
             recipe=recipe,
             groups=self._groups,
             estimate=self.estimate,
             budget_bytes=budget_bytes,
-            ranks=ranks,
+            ranks=self._menu,
             prior=self.prior,
         ).run()
 
@@ -280,15 +341,6 @@ class Search:
         return choices.lengths(
             self.architecture, self.base, self.given, self.floors, self.prefer
         )
-
-    def _fits(self, footprint: Footprint) -> bool:
-        return self._excess(footprint) <= 0
-
-    def _excess(self, footprint: Footprint) -> int:
-        """Bytes beyond the budget; at least 1 where memory ran out."""
-        if footprint.failed_moment is not None:
-            return max(footprint.missing_bytes, 1)
-        return footprint.life_peak.reserved_bytes - self._budget_bytes
 
     @functools.cached_property
     def _budget_bytes(self) -> int:
@@ -323,21 +375,26 @@ class Search:
         """What was said of combinations that cannot run."""
         return []
 
-    def _refusal(self, num_rejected: int) -> InputError:
-        """What is missing; or why none runs, where that is it."""
-        if len(self._refused) == num_rejected:
-            return self._refused[-1]
-        smallest = self.smallest()
-        excess = self._excess(self.estimate(smallest))
-        if excess <= 0:
-            excess = self._excess(self.verify(smallest))
-        return InputError(
-            "--gpu",
-            self.gpu.name,
-            "is too small: the smallest recipe within the floors lacks "
-            f"{format_bytes(excess)}",
-            "see `memplan why-not`",
-        )
+    def _lost_share(self, rank: int) -> float:
+        """What is lost at a rank that all modules share."""
+        if rank not in self._lost_shares:
+            ranks = dict.fromkeys(self._linears, rank)
+            lost = lost_share(self._linears, ranks) if ranks else 0.0
+            self._lost_shares[rank] = lost
+        return self._lost_shares[rank]
+
+    @functools.cached_property
+    def _lost_shares(self) -> dict[int, float]:
+        """By rank, as far as was asked."""
+        return {}
+
+
+def _kind(one: Candidate) -> Kind:
+    return tuple(getattr(one.recipe, key) for key in SHAPING_KEYS)
+
+
+def _reserved(one: Candidate) -> int:
+    return one.footprint.life_peak.reserved_bytes
 
 
 def rated(gpu: Gpu) -> Gpu:

@@ -46,7 +46,7 @@ UNNAMED_CARD = "80GB"
 """What stands for the card where none is named; its kernels are those of 8.6."""
 
 MISSING_PRECISION = 128
-"""What is missing is found to one part in so many."""
+"""One part in so many, to which what is missing is found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,11 +93,13 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     *,
     life: Life = NO_LIFE,
     record: Callable[[Iterator[Sample]], None] | None = None,
+    missing_precision: int = MISSING_PRECISION,
 ) -> Simulation:
     """The simulation of a fine-tune; `progress` is told of each moment that begins.
 
     `record` is given the memory after each event, as it was on the card, or on one that
-    is large enough where the card is not.
+    is large enough where the card is not. What is missing is found to one part in
+    `missing_precision`, and is never too little.
     """
     notes = (*checks.check(architecture, recipe, gpu), *life.notes(recipe))
     card = gpu or find_gpu(UNNAMED_CARD)
@@ -105,7 +107,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     host = _host_bytes(architecture, recipe, card, life, traced)
     settings = settings or AllocatorSettings()
     progress("replay")
-    found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
+    found, missing_bytes = _replay_on_card(traced.log, settings, gpu, missing_precision)
     if record is not None:
         limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
         record(samples(traced.log, settings, limit))
@@ -266,7 +268,7 @@ def _num_copies(path: str, pattern: Pattern | None) -> int:
 
 
 def _replay_on_card(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None, missing_precision: int
 ) -> tuple[Replay, int]:
     """The replay with the card's budget, and how many bytes more it would need.
 
@@ -280,12 +282,18 @@ def _replay_on_card(
         return limited, 0
     unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
-    enough = _smallest_budget(log, settings, gpu, unlimited.moments)
+    enough = _smallest_budget(
+        log, settings, gpu.budget_bytes, unlimited.moments, missing_precision
+    )
     return unlimited, enough - gpu.budget_bytes
 
 
 def _smallest_budget(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu, unlimited: list[Moment]
+    log: EventLog,
+    settings: AllocatorSettings,
+    budget_bytes: int,
+    unlimited: list[Moment],
+    missing_precision: int,
 ) -> int:
     """About the smallest budget that suffices, with the cache given back in need.
 
@@ -293,8 +301,8 @@ def _smallest_budget(
     """
     allocated = max(moment.allocated_bytes for moment in unlimited)
     enough = max(moment.reserved_bytes for moment in unlimited)
-    too_little = max(gpu.budget_bytes, allocated - 1)
-    while (enough - too_little) * MISSING_PRECISION > enough - gpu.budget_bytes:
+    too_little = max(budget_bytes, allocated - 1)
+    while (enough - too_little) * missing_precision > enough - budget_bytes:
         middle = (too_little + enough) // 2
         if replay(log, settings, middle).failed_moment is None:
             enough = middle
