@@ -9,15 +9,14 @@ import click
 
 from memplan import estimator
 from memplan.architecture import Architecture
-from memplan.batching import Batch, batches, longest_batch
-from memplan.catalog import architecture_of
+from memplan.batching import Batch, batches, lengths_json, longest_batch
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     json_option,
     lengths_of,
     lengths_option,
-    model_argument,
     recipe_options,
     take_gpu,
     take_recipe_keys,
@@ -26,7 +25,6 @@ from memplan.commands.options import (
 from memplan.estimator.equations import terms
 from memplan.estimator.limits import Limits, limits
 from memplan.lengths import Lengths
-from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import estimate as reporter
 from memplan.reporters import json
@@ -57,11 +55,8 @@ def command(
     keys, named = take_recipe_keys(options)
     recipe = Recipe.from_mapping(keys)
     gpu = take_gpu(options)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
-    found = lengths_of(lengths_file, source.name, keys)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
+    found = lengths_of(lengths_file, architecture.name, keys)
     if found is not None:
         recipe = longest_batch(recipe, found, padded=keys.get("padded"))
     estimate = estimator.run(architecture, recipe, gpu)
@@ -84,7 +79,7 @@ def command(
                 "limits": None if room is None else room.to_json(),
                 "terms": [term.to_json() for term in listed],
             }
-            | lengths_json(found, made)
+            | ({} if found is None else {"lengths": lengths_json(found, made)})
         )
     else:
         reporter.report(architecture, recipe, gpu, estimate, listed)
@@ -93,13 +88,6 @@ def command(
         _report_rest(architecture, recipe, room, found, made)
         report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
     return 1 if footprint.fits is False else 0
-
-
-def lengths_json(found: Lengths | None, made: Sequence[Batch]) -> dict[str, Any]:
-    """The lengths and the batches that they make, as output shows them."""
-    if found is None:
-        return {}
-    return {"lengths": found.to_json() | {"batches": [one.to_json() for one in made]}}
 
 
 def _report_rest(

@@ -9,15 +9,16 @@ from typing import Any
 import click
 
 from memplan.architecture import Architecture
-from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     json_option,
-    model_argument,
+    lengths_of,
+    lengths_option,
     recipe_options,
-    take_given_recipe,
-    take_gpu,
+    required_gpu,
+    take_recipe_keys,
     trust_option,
     without_compiler,
 )
@@ -25,7 +26,7 @@ from memplan.commands.simulate import import_simulator
 from memplan.errors import InputError, MissingExtraError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
-from memplan.model_source import read_config
+from memplan.lengths import Lengths
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
 from memplan.planner.modules import GRANULARITIES
@@ -45,6 +46,7 @@ of the whole step, and the ranks are solved again within less in any case."""
 @click.argument("model", required=False)
 @recipe_options
 @gpu_options
+@lengths_option
 @click.option(
     "--prefer",
     type=click.Choice(choices.PREFERENCES),
@@ -87,6 +89,7 @@ of the whole step, and the ranks are solved again within less in any case."""
 @json_option
 def command(  # noqa: PLR0913 - each is an option
     model: str | None,
+    lengths_file: str | None,
     prefer: str,
     min_seq: int | None,
     effective_batch: int,
@@ -105,26 +108,29 @@ def command(  # noqa: PLR0913 - each is an option
     recipe that are given stay as they are; the others are chosen. What is chosen has
     been simulated on the card.
     """
-    base, named, given = take_given_recipe(options)
+    keys, named = take_recipe_keys(options)
     gpu = required_gpu(options)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
+    lengths = lengths_of(lengths_file, architecture.name, keys)
+    if lengths is not None:
+        keys |= {"sequence_length": _longest(lengths, min_seq)}
+    base = Recipe.from_mapping(keys)
     floors = Floors(
         sequence_length=min_seq or base.sequence_length,
         effective_batch=effective_batch,
         rank=min_rank,
         margin_bytes=_margin(margin, gpu),
+        ragged=lengths is not None and lengths.differ,
     )
     asked = decide.Asked(
         base=base,
-        given=given,
+        given=frozenset(keys),
         floors=floors,
         prefer=prefer,
         granularity=ranks,
         prior=prior,
         alternatives=alternatives,
+        lengths=lengths,
     )
     title = f"Planning {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():
@@ -140,16 +146,6 @@ def command(  # noqa: PLR0913 - each is an option
     else:
         reporter.report(made)
     return 0
-
-
-def required_gpu(options: dict[str, Any]) -> Gpu:
-    """The card; raises InputError where none is given."""
-    gpu = take_gpu(options)
-    if gpu is None:
-        raise InputError(
-            "--gpu", "", "is missing", "give a card, a size such as 12GB, or auto"
-        )
-    return gpu
 
 
 def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
@@ -188,6 +184,18 @@ def simulation_on(
         return dataclasses.replace(found, capacity_bytes=capacity_bytes)
 
     return of
+
+
+def _longest(lengths: Lengths, min_seq: int | None) -> int:
+    """The longest sample, which a plan is for where lengths are known."""
+    if min_seq is not None:
+        raise InputError(
+            "--min-seq",
+            min_seq,
+            "stands against --lengths, whose longest sample is the length",
+            "leave one of the two out; --seq cuts longer samples",
+        )
+    return lengths.longest
 
 
 def _margin(text: str | None, gpu: Gpu) -> int:

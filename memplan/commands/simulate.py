@@ -15,13 +15,12 @@ import click
 from memplan import accuracy, results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
-from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     json_option,
     life_options,
-    model_argument,
     recipe_options,
     take_gpu,
     take_life,
@@ -32,7 +31,6 @@ from memplan.commands.options import (
 from memplan.errors import MissingExtraError
 from memplan.gpu import Gpu
 from memplan.life import Life
-from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal, timeline
 from memplan.simulation import Sample, Simulation
@@ -79,10 +77,7 @@ def command(  # noqa: PLR0913 - each is an option
     asked = take_life(options)
     record = timeline.writer_of(timeline_file) if timeline_file else None
     settings = AllocatorSettings.parse(allocator or "", on_windows=on_windows)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
     life = asked.choose(architecture, recipe)
     task = _Task(architecture, recipe, gpu, settings, life, record)
     simulation = _run(task, quiet=as_json)

@@ -63,6 +63,8 @@ class Floors:
     rank: int = RANKS[0]
     margin_bytes: int = 0
     """Bytes of the budget that stay free."""
+    ragged: bool = False
+    """Whether samples differ in length, so that a batch of several needs a mask."""
 
 
 def recipes(
@@ -137,7 +139,7 @@ def with_keys(base: Recipe, given: Collection[str], changes: dict[str, Any]) -> 
 
 def _batches(
     base: Recipe, given: Collection[str], floors: Floors
-) -> tuple[dict[str, int], ...]:
+) -> tuple[dict[str, Any], ...]:
     """Micro-batches, powers of two, whose steps see the effective batch."""
     if "batch_size" in given:
         return (_accumulated(base.batch_size, base, given, floors),)
@@ -148,8 +150,11 @@ def _batches(
 
 def _accumulated(
     size: int, base: Recipe, given: Collection[str], floors: Floors
-) -> dict[str, int]:
+) -> dict[str, Any]:
     steps = max(1, floors.effective_batch // size)
     if "accumulation" in given:
         steps = base.accumulation
-    return {"batch_size": size, "accumulation": steps}
+    batch = {"batch_size": size, "accumulation": steps}
+    if floors.ragged and "padded" not in given:
+        batch["padded"] = size > 1
+    return batch

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memplan.architecture import Architecture
+from memplan.batching import Batch, batches, fewer_steps, lengths_json
 from memplan.gpu import Gpu
+from memplan.lengths import Lengths
 from memplan.plan import Plan, Rejected
 from memplan.planner.choices import QUANTIZATIONS, Estimate, Floors
 from memplan.planner.ranks import QUALITY_TOLERANCE, ROBUST
@@ -32,6 +34,8 @@ class Asked:
     prior: str
     alternatives: int = 0
     """How many other recipes are shown."""
+    lengths: Lengths | None = None
+    """How long the samples are, where that is known; the longest is settled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,9 @@ def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Pl
         prior=asked.prior,
     )
     found = search.run()
+    made: tuple[Batch, ...] = ()
+    if asked.lengths is not None:
+        made = batches(architecture, found.recipe, gpu, asked.lengths)
     question = Question(
         architecture=architecture,
         recipe=found.recipe,
@@ -79,11 +86,41 @@ def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Pl
         tier="T0",
         solution={} if ranked is None else ranked.solution.to_json(),
         regrets={} if ranked is None else ranked.regrets,
-        reasons=tuple(_reasons(asked, found, question)),
+        reasons=(*_length_reasons(asked, made), *_reasons(asked, found, question)),
         alternatives=tuple(_alternatives(found, asked.alternatives)),
         rejected=tuple(map(_rejected, rejected(question.single_changes))),
+        lengths={} if asked.lengths is None else lengths_json(asked.lengths, made),
         notes=tuple(dict.fromkeys(_notes(gpu, found, asked))),
     )
+
+
+def _length_reasons(asked: Asked, made: Sequence[Batch]) -> Iterator[str]:
+    """What the longest batch decides, and what other ways to make batches change."""
+    lengths = asked.lengths
+    if lengths is None:
+        return
+    by_name = {one.name: one for one in made}
+    longest = by_name["longest"]
+    yield (
+        f"The longest of {lengths.num_samples:,} samples decides the peak: "
+        f"{lengths.longest:,} tokens; half have no more than "
+        f"{lengths.percentile(0.5):,}, and 99 % no more than "
+        f"{lengths.percentile(0.99):,}, which would take "
+        f"{_reserved(by_name['p99'])} instead of {_reserved(longest)} by the estimate."
+    )
+    saved = fewer_steps(longest.recipe, lengths)
+    yield (
+        f"Packing would make every batch as large as that one, "
+        f"{_reserved(by_name['packed'])}, and save {saved:.0%} of the steps; without "
+        f"padding the longest batch would take {_reserved(by_name['padding-free'])}, "
+        f"and one of mean length {_reserved(by_name['padding-free mean'])}."
+    )
+
+
+def _reserved(batch: Batch) -> str:
+    if batch.footprint is None:
+        return "what cannot run"
+    return format_bytes(batch.footprint.life_peak.reserved_bytes)
 
 
 def _reasons(asked: Asked, found: Found, question: Question) -> Iterator[str]:

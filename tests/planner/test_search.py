@@ -124,6 +124,51 @@ def test_verification_has_the_last_word() -> None:
     assert found.candidate.footprint.life_peak.reserved_bytes == reserved
 
 
+def test_failed_verification_leads_to_another_recipe_of_the_same_quality() -> None:
+    """Without checkpointing all is larger than estimated: its ranks are not cut."""
+    estimate = estimate_of(LLAMA, CARD)
+    plain = search(architecture=LLAMA).run()
+
+    def verify(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, CARD)
+        more = 0 if recipe.checkpointing == "full" else 7 * GIB
+        worse = [
+            dataclasses.replace(m, reserved_bytes=m.reserved_bytes + more)
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    found = search(architecture=LLAMA, estimate=estimate, verify=verify).run()
+
+    assert plain.recipe.checkpointing == "none"
+    assert found.recipe.checkpointing == "full"
+    lost = found.candidate.lost_share - plain.candidate.lost_share
+    assert lost <= QUALITY_TOLERANCE
+
+
+def test_estimate_that_thinks_too_much_does_not_refuse_alone() -> None:
+    """The smallest recipe is verified where the estimate is not far from the budget."""
+    verified = estimate_of(LLAMA, CARD)
+    smallest = verified(search(architecture=LLAMA).smallest()).life_peak.reserved_bytes
+    tight = find_gpu("12GB", reserve_bytes=0)
+    spare = tight.budget_bytes - smallest - GIB // 64
+    card = dataclasses.replace(tight, reserve_bytes=spare)
+
+    def estimate(recipe: Recipe) -> Footprint:
+        found = verified(recipe)
+        worse = [
+            dataclasses.replace(m, reserved_bytes=int(1.03 * m.reserved_bytes))
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    one = search(architecture=LLAMA, gpu=card, estimate=estimate, verify=verified)
+    found = one.run()
+
+    assert found.candidate.footprint.life_peak.reserved_bytes <= card.budget_bytes
+    assert found.recipe == one.smallest()
+
+
 def test_full_fine_tuning_has_no_ranks() -> None:
     one = search(base=Recipe(method="full"), given={"method"})
 
