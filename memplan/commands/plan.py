@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,13 +30,14 @@ from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
-from memplan.planner.modules import GRANULARITIES
-from memplan.planner.ranks import DEFAULT_PRIOR, ROBUST
+from memplan.planner.modules import GRANULARITIES, adapted_linears
+from memplan.planner.ranks import DEFAULT_PRIOR, EXPLAINED_VARIANCE, ROBUST
 from memplan.planner.value import priors
 from memplan.recipe import Recipe
 from memplan.reporters import json, terminal
 from memplan.reporters import plan as reporter
 from memplan.units import parse_size
+from memplan.values import Values, keep_values, read_values
 
 MISSING_PRECISION = 4
 """To how many parts it is found what a recipe that does not fit lacks: each is a replay
@@ -72,10 +74,26 @@ of the whole step, and the ranks are solved again within less in any case."""
 )
 @click.option(
     "--prior",
-    type=click.Choice([ROBUST, *priors.names()]),
-    default=DEFAULT_PRIOR,
-    show_default=True,
-    help="What a rank is worth.",
+    type=click.Choice([ROBUST, EXPLAINED_VARIANCE, *priors.names()]),
+    help=f"What a rank is worth [{DEFAULT_PRIOR}; {EXPLAINED_VARIANCE} where values "
+    "are given].",
+)
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="Texts, or JSONL, for which values of the checkpoint's layers are measured.",
+)
+@click.option(
+    "--values",
+    "values_file",
+    metavar="FILE",
+    help="Values that --data kept; with --data, where to keep them.",
+)
+@click.option(
+    "--bits",
+    is_flag=True,
+    help="Leave unquantised what quantising costs most, where memory is left; needs "
+    "values.",
 )
 @click.option("--margin", help="What of the budget stays free [2 %].")
 @click.option(
@@ -95,7 +113,10 @@ def command(  # noqa: PLR0913 - each is an option
     effective_batch: int,
     min_rank: int,
     ranks: str,
-    prior: str,
+    prior: str | None,
+    data: str | None,
+    values_file: str | None,
+    bits: bool,
     margin: str | None,
     alternatives: int,
     trust_remote_code: bool,
@@ -122,13 +143,23 @@ def command(  # noqa: PLR0913 - each is an option
         margin_bytes=_margin(margin, gpu),
         ragged=lengths is not None and lengths.differ,
     )
+    if data is not None and values_file is None:
+        values_file = f"{Path(architecture.name).name}.values.json"
+    values = _values(architecture, base, data, values_file, quiet=as_json)
+    if values is None and (bits or prior == EXPLAINED_VARIANCE):
+        field = "--bits" if bits else "--prior"
+        raise InputError(
+            field, prior or "", "needs values", "give --values, or --data to measure"
+        )
     asked = decide.Asked(
         base=base,
         given=frozenset(keys),
         floors=floors,
         prefer=prefer,
         granularity=ranks,
-        prior=prior,
+        prior=prior or (DEFAULT_PRIOR if values is None else EXPLAINED_VARIANCE),
+        values=values,
+        spares=bits,
         alternatives=alternatives,
         lengths=lengths,
     )
@@ -140,12 +171,50 @@ def command(  # noqa: PLR0913 - each is an option
             parameters=parameters_on(architecture, gpu),
         )
         made = decide.plan(architecture, gpu, asked, means)
+    if values is not None:
+        told = f"What was measured of the layers is in {values_file}."
+        made = dataclasses.replace(made, notes=(*made.notes, told))
     made = dataclasses.replace(made, versions=json.versions())
     if as_json:
         json.print_object(made.to_json())
     else:
         reporter.report(made)
     return 0
+
+
+def _values(
+    architecture: Architecture,
+    base: Recipe,
+    data: str | None,
+    file: str | None,
+    *,
+    quiet: bool,
+) -> Values | None:
+    """The values in the file, or those that the data are measured for and kept there.
+
+    Where no scheme is given, errors are those of the one that a plan would take.
+    """
+    if data is None:
+        return None if file is None else read_values(file)
+    try:
+        from memplan.profiler import Device
+        from memplan.profiler.values import measure_values
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--data", error.name or "torch", "torch") from error
+    quantization = base.quantization
+    if quantization == choices.QUANTIZATIONS[0]:
+        quantization = choices.QUANTIZATIONS[-1]
+    measured = dataclasses.replace(base, quantization=quantization)
+    with terminal.progress(f"Looking at {architecture.name}", quiet=quiet):
+        values = measure_values(
+            architecture,
+            measured,
+            adapted_linears(architecture, base),
+            data=data,
+            device=Device.find("auto").kind,
+        )
+    keep_values(values, str(file))
+    return values
 
 
 def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:

@@ -13,12 +13,14 @@ from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.plan import Plan, Rejected
 from memplan.planner.choices import QUANTIZATIONS, Estimate, Floors
-from memplan.planner.ranks import QUALITY_TOLERANCE, ROBUST
+from memplan.planner.ranks import EXPLAINED_VARIANCE, QUALITY_TOLERANCE, ROBUST
 from memplan.planner.search import RATES_OF, Candidate, Found, Search, front
 from memplan.planner.value import priors
+from memplan.planner.value.explained_variance import EVIDENCE
 from memplan.planner.why_not import Change, Question, rejected
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
+from memplan.values import Values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,10 @@ class Asked:
     prior: str
     alternatives: int = 0
     """How many other recipes are shown."""
+    values: Values | None = None
+    """What was measured of the model's layers."""
+    spares: bool = False
+    """Whether memory that ranks leave is spent on layers in 16 bits."""
     lengths: Lengths | None = None
     """How long the samples are, where that is known; the longest is settled."""
 
@@ -62,6 +68,8 @@ def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Pl
         prefer=asked.prefer,
         granularity=asked.granularity,
         prior=asked.prior,
+        values=asked.values,
+        spares=asked.spares,
     )
     found = search.run()
     made: tuple[Batch, ...] = ()
@@ -83,7 +91,7 @@ def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Pl
         verified_by="estimate" if means.verify is None else "simulation",
         prefer=asked.prefer,
         prior=asked.prior,
-        tier="T0",
+        tier="T2" if asked.prior == EXPLAINED_VARIANCE else "T0",
         solution={} if ranked is None else ranked.solution.to_json(),
         regrets={} if ranked is None else ranked.regrets,
         reasons=(*_length_reasons(asked, made), *_reasons(asked, found, question)),
@@ -139,11 +147,26 @@ def _reasons(asked: Asked, found: Found, question: Question) -> Iterator[str]:
         f"{asked.prefer} first, this one leads."
     )
     yield from _rank_reasons(asked, found)
+    yield from _bit_reasons(asked, found)
     for change in rejected(question.single_changes):
         yield (
             f"{_told(change.changes)} would be {change.speed:.2f} times as fast, and "
             f"lacks {format_bytes(change.missing_bytes)}."
         )
+
+
+def _bit_reasons(asked: Asked, found: Found) -> Iterator[str]:
+    """How many layers were spared, and how much of the error with that."""
+    values, recipe = asked.values, found.recipe
+    if not asked.spares or values is None or recipe.quantization == "none":
+        return
+    spared = [path for path in recipe.unquantized_modules if path in values.errors]
+    whole = sum(values.errors.values())
+    share = sum(values.errors[path] for path in spared) / whole if whole else 0.0
+    yield (
+        f"{len(spared)} of {len(values.errors)} layers stay unquantised, which spares "
+        f"{share:.0%} of what {values.quantization} is off by."
+    )
 
 
 def _rank_reasons(asked: Asked, found: Found) -> Iterator[str]:
@@ -162,6 +185,11 @@ def _rank_reasons(asked: Asked, found: Found) -> Iterator[str]:
         yield (
             "Ranks are those that no prior regrets much; of what the budget can gain, "
             f"each forgoes: {told}."
+        )
+    elif asked.prior == EXPLAINED_VARIANCE and asked.values is not None:
+        yield (
+            "Ranks are by how much of the layers' inputs they explain, byte for byte: "
+            f"{asked.values.basis}."
         )
     elif asked.prior != ROBUST:
         summary = priors.find(asked.prior).summary
@@ -202,7 +230,9 @@ def _notes(gpu: Gpu, found: Found, asked: Asked) -> Iterator[str]:
     yield from found.candidate.cost.assumptions
     if gpu.bf16_dense_tflops is None or gpu.memory_bandwidth_gbps is None:
         yield f"Speeds are compared at the rates of the {RATES_OF}, as none are known."
-    if asked.prior != ROBUST:
+    if asked.prior == EXPLAINED_VARIANCE:
+        yield EVIDENCE
+    elif asked.prior != ROBUST:
         yield from priors.find(asked.prior).evidence
 
 

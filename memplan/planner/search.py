@@ -20,6 +20,7 @@ from memplan.errors import InputError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
+from memplan.planner.bits import BitSearch
 from memplan.planner.choices import PREFERENCES, Estimate, Floors, excess_bytes
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import (
@@ -33,6 +34,7 @@ from memplan.planner.ranks import (
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
+from memplan.values import Values
 
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
@@ -92,7 +94,7 @@ class Found:
 
     @property
     def recipe(self) -> Recipe:
-        return self.candidate.recipe if self.ranked is None else self.ranked.recipe
+        return self.candidate.recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +125,10 @@ class Search:
     prefer: str = PREFERENCES[0]
     granularity: str = "by-type"
     prior: str = DEFAULT_PRIOR
+    values: Values | None = None
+    """What was measured of the layers, for the prior that goes by it and for bits."""
+    spares: bool = False
+    """Whether memory that ranks leave is spent on layers in 16 bits."""
     ranks: tuple[int, ...] = choices.RANKS
 
     def run(self) -> Found:
@@ -283,6 +289,9 @@ class Search:
         ranked = self._ranked(one.recipe, limit_bytes) if self._linears else None
         recipe = one.recipe if ranked is None else ranked.recipe
         estimated = one.footprint if ranked is None else ranked.footprint
+        if self.spares:
+            recipe = self._with_spared(recipe, limit_bytes)
+            estimated = self.estimate(recipe)
         verified = self.verify(recipe)
         return Upheld(
             ranked=ranked,
@@ -329,6 +338,20 @@ class Search:
             budget_bytes=budget_bytes,
             ranks=self._menu,
             prior=self.prior,
+            values=self.values,
+        ).run()
+
+    def _with_spared(self, recipe: Recipe, limit_bytes: int) -> Recipe:
+        """The recipe with the layers in 16 bits for which a limit leaves room."""
+        values = self.values
+        if values is None or recipe.quantization != values.quantization:
+            return recipe
+        return BitSearch(
+            recipe=recipe,
+            groups=self._groups,
+            estimate=self.estimate,
+            budget_bytes=limit_bytes,
+            errors=values.errors,
         ).run()
 
     def _recipes(self, quantization: str, length: int) -> Iterator[Recipe]:
