@@ -25,8 +25,11 @@ PREFERENCES = ("quality", "speed", "length")
 RANKS = (4, 8, 16, 32, 64, 128)
 """Ranks that are chosen from."""
 
-SEQUENCE_LENGTHS = tuple(512 * 2**power for power in range(9))
-"""Lengths that are tried beyond the floor, to 131,072 tokens."""
+LENGTH_STEP = 256
+"""Tokens: lengths beyond the floor are multiples."""
+
+LONGEST = 2**17
+"""Tokens beyond which no length is tried where a model names no most."""
 
 EFFECTIVE_BATCH = 16
 """Sequences of an optimizer step unless the user says: what seed recipes and the
@@ -104,22 +107,14 @@ def quantizations(base: Recipe, given: Collection[str]) -> tuple[str, ...]:
     return (base.quantization,) if fixed else QUANTIZATIONS
 
 
-def lengths(
-    architecture: Architecture,
-    base: Recipe,
-    given: Collection[str],
-    floors: Floors,
-    prefer: str,
-) -> tuple[int, ...]:
-    """The sequence lengths to try, the longest first."""
-    if "sequence_length" in given:
-        return (base.sequence_length,)
-    floor = floors.sequence_length
-    if prefer != "length":
-        return (floor,)
-    most = architecture.max_positions or SEQUENCE_LENGTHS[-1]
-    longer = {length for length in SEQUENCE_LENGTHS if floor < length <= most}
-    return tuple(sorted(longer | {floor}, reverse=True))
+def longest_length(architecture: Architecture) -> int:
+    """The longest sequence that is tried: what the model is configured for."""
+    return architecture.max_positions or LONGEST
+
+
+def shorter(length: int) -> int:
+    """The length that is tried after one at which nothing is upheld."""
+    return length * 15 // 16 // LENGTH_STEP * LENGTH_STEP
 
 
 def with_keys(base: Recipe, given: Collection[str], changes: dict[str, Any]) -> Recipe:

@@ -21,7 +21,13 @@ from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
 from memplan.planner.bits import BitSearch
-from memplan.planner.choices import PREFERENCES, Estimate, Floors, excess_bytes
+from memplan.planner.choices import (
+    LENGTH_STEP,
+    PREFERENCES,
+    Estimate,
+    Floors,
+    excess_bytes,
+)
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import (
     DEFAULT_PRIOR,
@@ -39,7 +45,7 @@ from memplan.values import Values
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
 
-SHAPING_KEYS = ("checkpointing", "every_n_layers", "offload")
+SHAPING_KEYS = ("quantization", "checkpointing", "every_n_layers", "offload")
 """Keys that decide what a step keeps, and so how far an estimate may be off."""
 
 CAUTION = 1.25
@@ -147,18 +153,14 @@ class Search:
             raise self._refused[-1]
         return self._last_resort(num_looked_at)
 
-    def candidate(
-        self, recipe: Recipe, limit_bytes: int | None = None
-    ) -> Candidate | None:
-        """The recipe at the largest rank that all can share; None if none fits.
+    def candidate(self, recipe: Recipe) -> Candidate | None:
+        """The recipe at the largest rank that all can share; None if none fits."""
+        fitting = self._last_that_fits(recipe, self._limit(recipe))
+        return None if fitting is None else self._judged(*fitting)
 
-        The limit is the budget unless it is given.
-        """
-        limit = self._budget_bytes if limit_bytes is None else limit_bytes
-        fitting = self._last_that_fits(recipe, limit)
-        if fitting is None:
-            return None
-        return self._judged(*fitting)
+    def _limit(self, recipe: Recipe) -> int:
+        """What may be reserved by the estimate, as far as verifications have shown."""
+        return self._limits.get(_kind(recipe), self._budget_bytes)
 
     def _judged(self, recipe: Recipe, footprint: Footprint | None = None) -> Candidate:
         """A recipe whose modules share a rank, with what it loses and how it runs."""
@@ -195,7 +197,7 @@ class Search:
 
     def smallest(self) -> Recipe:
         """The combination within the floors that takes the least."""
-        length = self._lengths()[-1]
+        length = self._floor
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
         return min(map(self._smallest_of, made), key=self._estimated)
@@ -251,16 +253,14 @@ class Search:
         """The first of the best few that its verification upholds.
 
         One that fails says how far the estimate is off for its checkpointing: all of
-        that kind are judged anew within so much less. After a few, the smallest of
-        those left has the last try.
+        that kind are judged anew within so much less, here and at other lengths. After
+        a few, the smallest of those left has the last try.
         """
-        limits: dict[Kind, int] = {}
         for tries_left in reversed(range(MOST_FINALISTS)):
             if not fitting:
                 return None
             one = self.ordered(fitting)[0] if tries_left else self._smallest(fitting)
-            kind = _kind(one)
-            limit = limits.get(kind, self._budget_bytes)
+            limit = self._limit(one.recipe)
             upheld = self._uphold(one, limit if tries_left else _reserved(one))
             if upheld.excess_bytes <= 0:
                 return Found(
@@ -270,17 +270,18 @@ class Search:
                     num_rejected=num_looked_at - len(fitting),
                 )
             off = math.ceil(CAUTION * upheld.excess_bytes)
-            limits[kind] = min(upheld.estimated_bytes - off, limit - 1)
-            fitting = [*self._judged_anew(fitting, kind, limits[kind])]
+            kind = _kind(one.recipe)
+            self._limits[kind] = min(upheld.estimated_bytes - off, limit - 1)
+            fitting = [*self._judged_anew(fitting, kind)]
         return None
 
     def _judged_anew(
-        self, fitting: Iterable[Candidate], kind: Kind, limit_bytes: int
+        self, fitting: Iterable[Candidate], kind: Kind
     ) -> Iterator[Candidate]:
-        """Those that fit when all of a kind are judged within a limit."""
+        """Those that still fit when all of a kind are judged again."""
         for one in fitting:
-            concerned = _kind(one) == kind
-            again = self.candidate(one.recipe, limit_bytes) if concerned else one
+            concerned = _kind(one.recipe) == kind
+            again = self.candidate(one.recipe) if concerned else one
             if again is not None:
                 yield again
 
@@ -360,10 +361,54 @@ class Search:
     def _shared(self, recipe: Recipe, rank: int) -> Recipe:
         return with_ranks(recipe, dict.fromkeys(self._linears, rank))
 
-    def _lengths(self) -> tuple[int, ...]:
-        return choices.lengths(
-            self.architecture, self.base, self.given, self.floors, self.prefer
-        )
+    def _lengths(self) -> Iterator[int]:
+        """The sequence lengths to try, from the longest that the estimate has."""
+        length = self._floor
+        if self.prefer == "length" and "sequence_length" not in self.given:
+            length = self._longest()
+        while length > self._floor:
+            yield length
+            length = choices.shorter(length)
+        yield self._floor
+
+    def _longest(self) -> int:
+        """The longest sequence that any combination fits, by the estimate."""
+        steps = 0
+        for quantization in choices.quantizations(self.base, self.given):
+            # The smallest combinations come last; one that beats none is asked once.
+            for recipe in reversed([*self._recipes(quantization, self._floor)]):
+                steps = self._more_steps(recipe, steps)
+        return max(steps * LENGTH_STEP, self._floor)
+
+    def _more_steps(self, recipe: Recipe, steps: int) -> int:
+        """The most steps of length that the recipe fits, at least those given."""
+        low, high = steps, choices.longest_length(self.architecture) // LENGTH_STEP + 1
+        middle = steps + 1
+        while high - low > 1:
+            if self._fits_at(recipe, middle * LENGTH_STEP):
+                low = middle
+            elif low == steps:
+                return steps
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return low
+
+    def _fits_at(self, recipe: Recipe, length: int) -> bool:
+        made = dataclasses.replace(recipe, sequence_length=length)
+        needed = self._estimated(self._smallest_of(made))
+        return needed <= self._limit(recipe)
+
+    @property
+    def _floor(self) -> int:
+        """The length that a plan has at least."""
+        given = "sequence_length" in self.given
+        return self.base.sequence_length if given else self.floors.sequence_length
+
+    @functools.cached_property
+    def _limits(self) -> dict[Kind, int]:
+        """What may be reserved by the estimate, for kinds of which it was off."""
+        return {}
 
     @functools.cached_property
     def _budget_bytes(self) -> int:
@@ -412,8 +457,8 @@ class Search:
         return {}
 
 
-def _kind(one: Candidate) -> Kind:
-    return tuple(getattr(one.recipe, key) for key in SHAPING_KEYS)
+def _kind(recipe: Recipe) -> Kind:
+    return tuple(getattr(recipe, key) for key in SHAPING_KEYS)
 
 
 def _reserved(one: Candidate) -> int:
