@@ -163,3 +163,18 @@ def test_plan_for_lengths_needs_no_other_floor(model: str, tmp_path: Path) -> No
 
     assert (ran.code, ran.out) == (2, "")
     assert "--min-seq" in ran.err
+
+
+def test_plan_is_what_profile_measures(printed: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(printed))
+
+    ran = run(
+        *("profile", "--recipe", str(file), "--device", "cpu", "--steps", "2"),
+        *("--out", str(tmp_path / "runs"), "--json"),
+    )
+
+    assert ran.code == 0, ran.err
+    measured = json.loads(ran.out)
+    assert measured["recipe"] == printed["recipe"]
+    assert measured["parameters"]["trainable"] == printed["parameters"]["trainable"]

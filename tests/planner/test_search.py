@@ -284,3 +284,40 @@ def test_lost_share_is_by_the_prior_that_says_most() -> None:
         by_prior.append(lost / whole)
     assert found == max(by_prior)
     assert lost_share(linears, dict.fromkeys(linears, 8)) == 0.5
+
+
+def test_length_is_the_longest_that_any_combination_fits() -> None:
+    """One step more fits no combination at the smallest ranks."""
+    one = search(architecture=LLAMA, prefer="length", gpu=find_gpu("4GB"))
+
+    found = one.run()
+
+    length = found.recipe.sequence_length
+    assert one.floors.sequence_length < length < LLAMA.max_positions
+    assert length % choices.LENGTH_STEP == 0
+    budget = one.gpu.budget_bytes
+    for quantization in choices.QUANTIZATIONS:
+        longer = length + choices.LENGTH_STEP
+        for recipe in recipes(one.base, (), one.floors, quantization, longer):
+            smallest = dataclasses.replace(recipe, rank=4)
+            needed = footprint(LLAMA, smallest, one.gpu).life_peak.reserved_bytes
+            assert needed > budget
+
+
+def test_length_that_fails_is_shortened_until_it_is_upheld() -> None:
+    def verify(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, CARD)
+        more = recipe.sequence_length * 2**20 // 2
+        worse = [
+            dataclasses.replace(m, reserved_bytes=m.reserved_bytes + more)
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    gpu = find_gpu("4GB")
+    plain = search(architecture=LLAMA, prefer="length", gpu=gpu).run()
+    found = search(architecture=LLAMA, prefer="length", gpu=gpu, verify=verify).run()
+
+    assert 512 < found.recipe.sequence_length < plain.recipe.sequence_length
+    reserved = verify(found.recipe).life_peak.reserved_bytes
+    assert reserved <= gpu.budget_bytes
