@@ -307,7 +307,7 @@ def test_length_is_the_longest_that_any_combination_fits() -> None:
 def test_length_that_fails_is_shortened_until_it_is_upheld() -> None:
     def verify(recipe: Recipe) -> Footprint:
         found = footprint(LLAMA, recipe, CARD)
-        more = recipe.sequence_length * 2**20 // 2
+        more = recipe.sequence_length * 2**17
         worse = [
             dataclasses.replace(m, reserved_bytes=m.reserved_bytes + more)
             for m in found.moments
@@ -318,6 +318,6 @@ def test_length_that_fails_is_shortened_until_it_is_upheld() -> None:
     plain = search(architecture=LLAMA, prefer="length", gpu=gpu).run()
     found = search(architecture=LLAMA, prefer="length", gpu=gpu, verify=verify).run()
 
-    assert 512 < found.recipe.sequence_length < plain.recipe.sequence_length
+    assert 512 <= found.recipe.sequence_length < plain.recipe.sequence_length
     reserved = verify(found.recipe).life_peak.reserved_bytes
     assert reserved <= gpu.budget_bytes
