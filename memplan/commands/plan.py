@@ -39,9 +39,9 @@ from memplan.reporters import plan as reporter
 from memplan.units import parse_size
 from memplan.values import Values, keep_values, read_values
 
-MISSING_PRECISION = 4
-"""To how many parts it is found what a recipe that does not fit lacks: each is a replay
-of the whole step, and the ranks are solved again within less in any case."""
+MISSING_PRECISION = 1
+"""What a recipe that does not fit lacks is bounded by its peak without a limit, and not
+looked for: every look is a replay of the whole step."""
 
 
 @click.command(cls=RecipeCommand)

@@ -48,7 +48,7 @@ TIME_TOLERANCE = 0.02
 SHAPING_KEYS = ("quantization", "checkpointing", "every_n_layers", "offload")
 """Keys that decide what a step keeps, and so how far an estimate may be off."""
 
-CAUTION = 1.25
+CAUTION = 1.1
 """What is missing is taken to be so many times as much: other ranks lie otherwise in
 the allocator's segments."""
 
