@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,11 @@ def batches(
         _estimated(architecture, gpu, name, shaped)
         for name, shaped in _shapes(recipe, lengths)
     )
+
+
+def lengths_json(found: Lengths, made: Sequence[Batch]) -> dict[str, Any]:
+    """The lengths and the batches that they make, as output shows them."""
+    return found.to_json() | {"batches": [one.to_json() for one in made]}
 
 
 def fewer_steps(recipe: Recipe, lengths: Lengths) -> float:

@@ -74,6 +74,8 @@ class Plan:
     alternatives: tuple[Mapping[str, Any], ...] = ()
     """Other recipes that nothing beats in memory, length, capacity and speed."""
     rejected: tuple[Rejected, ...] = ()
+    lengths: Mapping[str, Any] = field(default_factory=dict)
+    """How long the samples are and what batches they make, where that was told."""
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,6 +114,7 @@ class Plan:
             "gpu": self.gpu.to_json(),
             **self.footprint.to_json(),
             "parameters": dict(self.parameters),
+            **({"lengths": dict(self.lengths)} if self.lengths else {}),
             "plan": {
                 "hash": self.hash,
                 "budget_bytes": self.budget_bytes,
@@ -151,6 +154,7 @@ class Plan:
                 reasons=tuple(decided["reasons"]),
                 alternatives=tuple(decided["alternatives"]),
                 rejected=tuple(map(Rejected.from_json, decided["rejected"])),
+                lengths=data.get("lengths") or {},
                 notes=tuple(data["notes"]),
                 versions=data["versions"],
             )

@@ -11,6 +11,7 @@ import pytest
 from command_line import run
 from tiny_models import CONFIGS
 
+from memplan.plan import Plan
 from memplan.recipe import Recipe
 from memplan.reporters.schema import output_schema, plan_schema
 
@@ -131,3 +132,49 @@ def test_why_not_on_a_terminal_lists_what_helps(model: str) -> None:
     assert ran.code == 1
     assert "Does not fit" in ran.out
     assert "what makes it fit" in ran.out
+
+
+def test_plan_for_the_lengths_of_a_data_set(model: str, tmp_path: Path) -> None:
+    """The longest sample is planned for, and a batch of several is masked."""
+    file = tmp_path / "lengths.json"
+    file.write_text(json.dumps({"8": 90, "24": 9, "32": 1}))
+    asked = ("plan", model, "--gpu", "RTX 3060", "--loss", "full", "--json")
+
+    ran = run(*asked, "--lengths", str(file), "--batch", "2")
+
+    assert (ran.code, ran.err) == (0, "")
+    plan = json.loads(ran.out)
+    jsonschema.validate(plan, plan_schema())
+    assert (plan["recipe"]["sequence_length"], plan["recipe"]["padded"]) == (32, True)
+    lengths = plan["lengths"]
+    assert [lengths[key] for key in ("p50", "p99", "max")] == [8, 24, 32]
+    assert {one["name"] for one in lengths["batches"]} >= {"packed", "padding-free"}
+    assert Plan.from_json(plan).to_json() == plan
+    longest, packing = plan["plan"]["reasons"][:2]
+    assert "32 tokens; half have no more than 8, and 99 % no more than 24" in longest
+    assert "save 70% of the steps" in packing
+
+
+def test_plan_for_lengths_needs_no_other_floor(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "lengths.json"
+    file.write_text(json.dumps({"8": 1}))
+
+    ran = run("plan", model, "--gpu", "12GB", "--lengths", str(file), "--min-seq", "9")
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "--min-seq" in ran.err
+
+
+def test_plan_is_what_profile_measures(printed: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(printed))
+
+    ran = run(
+        *("profile", "--recipe", str(file), "--device", "cpu", "--steps", "2"),
+        *("--out", str(tmp_path / "runs"), "--json"),
+    )
+
+    assert ran.code == 0, ran.err
+    measured = json.loads(ran.out)
+    assert measured["recipe"] == printed["recipe"]
+    assert measured["parameters"]["trainable"] == printed["parameters"]["trainable"]

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import benchmark_ranks as benchmark
 
+from memplan.planner.ranks import DEFAULT_PRIOR
+
 SIZE = benchmark.Size(
     pretraining_steps=3, tuning_steps=2, seeds=2, batch=2, sequence=32, evaluated=4
 )
@@ -43,6 +45,33 @@ def test_report_says_what_each_allocation_came_to(
     for name in ONLY:
         assert f"| {name} |" in text
     assert "no difference shown: prior per-parameter" in text
+
+
+def test_default_prior_is_what_the_committed_table_leads_to() -> None:
+    text = benchmark.REPORT.read_text()
+    cells = [line.split("|")[1:6] for line in text.splitlines() if "=B8 |" in line]
+    cells += [
+        line.split("|")[1:6] for line in text.splitlines() if "uniform r=" in line
+    ]
+    found = {
+        name.strip(): (float(mean), float(half.replace("±", "").strip() or 0))
+        for name, _, _, mean, half in cells
+    }
+
+    assert benchmark.default_prior(found) == DEFAULT_PRIOR
+    assert benchmark.decision(found) in text
+
+
+def test_material_gain_would_change_the_default() -> None:
+    found = {
+        "uniform r=4": (0.04, 0.01),
+        EQUAL: (0.0, 0.0),
+        "prior mlp-first =B8": (-0.0055, 0.003),
+    }
+
+    assert benchmark.default_prior(found) == "per-parameter"
+    found["prior mlp-first =B8"] = (-0.0055, 0.001)
+    assert benchmark.default_prior(found) == "mlp-first"
 
 
 def test_committed_table_has_every_allocation() -> None:

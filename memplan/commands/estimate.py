@@ -9,16 +9,15 @@ import click
 
 from memplan import estimator
 from memplan.architecture import Architecture
-from memplan.batching import Batch, batches, longest_batch
-from memplan.catalog import architecture_of
+from memplan.batching import Batch, batches, lengths_json, longest_batch
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     inference_options,
     json_option,
     lengths_of,
     lengths_option,
-    model_argument,
     recipe_options,
     take_gpu,
     take_inference,
@@ -32,7 +31,6 @@ from memplan.estimator.limits import Limits, limits
 from memplan.gpu import Gpu
 from memplan.inference import Inference
 from memplan.lengths import Lengths
-from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import estimate as reporter
 from memplan.reporters import json
@@ -65,14 +63,11 @@ def command(
     recipe = Recipe.from_mapping(keys)
     gpu = take_gpu(options)
     inference = take_inference(options)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
     if inference is not None:
         _refuse_lengths(lengths_file)
         return _answer(architecture, recipe, inference, gpu, explain, as_json)
-    found = lengths_of(lengths_file, source.name, keys)
+    found = lengths_of(lengths_file, architecture.name, keys)
     if found is not None:
         recipe = longest_batch(recipe, found, padded=keys.get("padded"))
     estimate = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
@@ -95,7 +90,7 @@ def command(
                 "limits": None if room is None else room.to_json(),
                 "terms": [term.to_json() for term in listed],
             }
-            | lengths_json(found, made)
+            | ({} if found is None else {"lengths": lengths_json(found, made)})
         )
     else:
         reporter.report(architecture, recipe, gpu, estimate, listed)
@@ -155,13 +150,6 @@ def _refuse_lengths(lengths_file: str | None) -> None:
             "is of training's batches",
             "leave it out, or --inference",
         )
-
-
-def lengths_json(found: Lengths | None, made: Sequence[Batch]) -> dict[str, Any]:
-    """The lengths and the batches that they make, as output shows them."""
-    if found is None:
-        return {}
-    return {"lengths": found.to_json() | {"batches": [one.to_json() for one in made]}}
 
 
 def _report_rest(

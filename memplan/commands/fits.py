@@ -19,7 +19,7 @@ from memplan.commands.options import (
     lengths_of,
     lengths_option,
     recipe_options,
-    take_gpu,
+    required_gpu,
     take_recipe_keys,
     trust_option,
 )
@@ -79,10 +79,7 @@ def command(  # noqa: PLR0913 - each is an option
     """
     keys, named = take_recipe_keys(options)
     asked = ways(_names(keys, "method"), _names(keys, "quantization"))
-    gpu = take_gpu(options)
-    if gpu is None:
-        remedy = "give a card, a size such as 12GB, or auto"
-        raise InputError("--gpu", "", "is missing", remedy)
+    gpu = required_gpu(options)
     given = models or ((named,) if named else ())
     chosen = chosen_models(
         given, family, max_params, trust_remote_code=trust_remote_code

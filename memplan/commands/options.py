@@ -14,12 +14,15 @@ from unittest import mock
 
 import click
 
+from memplan.architecture import Architecture
+from memplan.catalog import architecture_of
 from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import ADAPTERS, SEPARATE, Inference
 from memplan.lengths import Lengths, read_lengths, tokens_of
 from memplan.life import GENERATED_TOKENS, MERGE_PLACES, LifeOptions
+from memplan.model_source import read_config
 from memplan.recipe import (
     Printed,
     Recipe,
@@ -97,6 +100,26 @@ def take_gpu(options: dict[str, Any]) -> Gpu | None:
         context_bytes=_size(context, "--context"),
         os_name=os_name,
     )
+
+
+def required_gpu(options: dict[str, Any]) -> Gpu:
+    """The card likewise; raises InputError where none is given."""
+    gpu = take_gpu(options)
+    if gpu is None:
+        raise InputError(
+            "--gpu", "", "is missing", "give a card, a size such as 12GB, or auto"
+        )
+    return gpu
+
+
+def asked_architecture(
+    model: str | None, named: str | None, *, trust_remote_code: bool
+) -> Architecture:
+    """The model of the argument, else the one that the recipe's file names."""
+    source = read_config(
+        model_argument(model, named), trust_remote_code=trust_remote_code
+    )
+    return architecture_of(source, trust_remote_code=trust_remote_code)
 
 
 def lengths_of(file: str | None, model: str, keys: dict[str, Any]) -> Lengths | None:
@@ -271,16 +294,8 @@ def take_recipe(options: dict[str, Any]) -> tuple[Recipe, str | None]:
 
     Takes the recipe's options out of the command's.
     """
-    recipe, model, _ = take_given_recipe(options)
-    return recipe, model
-
-
-def take_given_recipe(
-    options: dict[str, Any],
-) -> tuple[Recipe, str | None, frozenset[str]]:
-    """The recipe and the model likewise, and the keys that were given."""
     settled, model = take_recipe_keys(options)
-    return Recipe.from_mapping(settled), model, frozenset(settled)
+    return Recipe.from_mapping(settled), model
 
 
 def take_recipe_keys(options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

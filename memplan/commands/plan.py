@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from memplan.architecture import Architecture
-from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     json_option,
-    model_argument,
+    lengths_of,
+    lengths_option,
     recipe_options,
-    take_given_recipe,
-    take_gpu,
+    required_gpu,
+    take_recipe_keys,
     trust_option,
     without_compiler,
 )
@@ -25,22 +27,28 @@ from memplan.commands.simulate import import_simulator
 from memplan.errors import InputError, MissingExtraError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
-from memplan.model_source import read_config
+from memplan.lengths import Lengths
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
-from memplan.planner.modules import GRANULARITIES
-from memplan.planner.ranks import DEFAULT_PRIOR, ROBUST
+from memplan.planner.modules import GRANULARITIES, adapted_linears
+from memplan.planner.ranks import DEFAULT_PRIOR, EXPLAINED_VARIANCE, ROBUST
 from memplan.planner.value import priors
 from memplan.recipe import Recipe
 from memplan.reporters import json, terminal
 from memplan.reporters import plan as reporter
 from memplan.units import parse_size
+from memplan.values import Values, keep_values, read_values
+
+MISSING_PRECISION = 1
+"""What a recipe that does not fit lacks is bounded by its peak without a limit, and not
+looked for: every look is a replay of the whole step."""
 
 
 @click.command(cls=RecipeCommand)
 @click.argument("model", required=False)
 @recipe_options
 @gpu_options
+@lengths_option
 @click.option(
     "--prefer",
     type=click.Choice(choices.PREFERENCES),
@@ -66,10 +74,26 @@ from memplan.units import parse_size
 )
 @click.option(
     "--prior",
-    type=click.Choice([ROBUST, *priors.names()]),
-    default=DEFAULT_PRIOR,
-    show_default=True,
-    help="What a rank is worth.",
+    type=click.Choice([ROBUST, EXPLAINED_VARIANCE, *priors.names()]),
+    help=f"What a rank is worth [{DEFAULT_PRIOR}; {EXPLAINED_VARIANCE} where values "
+    "are given].",
+)
+@click.option(
+    "--data",
+    metavar="FILE",
+    help="Texts, or JSONL, for which values of the checkpoint's layers are measured.",
+)
+@click.option(
+    "--values",
+    "values_file",
+    metavar="FILE",
+    help="Values that --data kept; with --data, where to keep them.",
+)
+@click.option(
+    "--bits",
+    is_flag=True,
+    help="Leave unquantised what quantising costs most, where memory is left; needs "
+    "values.",
 )
 @click.option("--margin", help="What of the budget stays free [2 %].")
 @click.option(
@@ -83,12 +107,16 @@ from memplan.units import parse_size
 @json_option
 def command(  # noqa: PLR0913 - each is an option
     model: str | None,
+    lengths_file: str | None,
     prefer: str,
     min_seq: int | None,
     effective_batch: int,
     min_rank: int,
     ranks: str,
-    prior: str,
+    prior: str | None,
+    data: str | None,
+    values_file: str | None,
+    bits: bool,
     margin: str | None,
     alternatives: int,
     trust_remote_code: bool,
@@ -101,26 +129,39 @@ def command(  # noqa: PLR0913 - each is an option
     recipe that are given stay as they are; the others are chosen. What is chosen has
     been simulated on the card.
     """
-    base, named, given = take_given_recipe(options)
+    keys, named = take_recipe_keys(options)
     gpu = required_gpu(options)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
+    lengths = lengths_of(lengths_file, architecture.name, keys)
+    if lengths is not None:
+        keys |= {"sequence_length": _longest(lengths, min_seq)}
+    base = Recipe.from_mapping(keys)
     floors = Floors(
         sequence_length=min_seq or base.sequence_length,
         effective_batch=effective_batch,
         rank=min_rank,
         margin_bytes=_margin(margin, gpu),
+        ragged=lengths is not None and lengths.differ,
     )
+    if data is not None and values_file is None:
+        values_file = f"{Path(architecture.name).name}.values.json"
+    values = _values(architecture, base, data, values_file, quiet=as_json)
+    if values is None and (bits or prior == EXPLAINED_VARIANCE):
+        field = "--bits" if bits else "--prior"
+        raise InputError(
+            field, prior or "", "needs values", "give --values, or --data to measure"
+        )
     asked = decide.Asked(
         base=base,
-        given=given,
+        given=frozenset(keys),
         floors=floors,
         prefer=prefer,
         granularity=ranks,
-        prior=prior,
+        prior=prior or (DEFAULT_PRIOR if values is None else EXPLAINED_VARIANCE),
+        values=values,
+        spares=bits,
         alternatives=alternatives,
+        lengths=lengths,
     )
     title = f"Planning {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():
@@ -130,6 +171,9 @@ def command(  # noqa: PLR0913 - each is an option
             parameters=parameters_on(architecture, gpu),
         )
         made = decide.plan(architecture, gpu, asked, means)
+    if values is not None:
+        told = f"What was measured of the layers is in {values_file}."
+        made = dataclasses.replace(made, notes=(*made.notes, told))
     made = dataclasses.replace(made, versions=json.versions())
     if as_json:
         json.print_object(made.to_json())
@@ -138,14 +182,39 @@ def command(  # noqa: PLR0913 - each is an option
     return 0
 
 
-def required_gpu(options: dict[str, Any]) -> Gpu:
-    """The card; raises InputError where none is given."""
-    gpu = take_gpu(options)
-    if gpu is None:
-        raise InputError(
-            "--gpu", "", "is missing", "give a card, a size such as 12GB, or auto"
+def _values(
+    architecture: Architecture,
+    base: Recipe,
+    data: str | None,
+    file: str | None,
+    *,
+    quiet: bool,
+) -> Values | None:
+    """The values in the file, or those that the data are measured for and kept there.
+
+    Where no scheme is given, errors are those of the one that a plan would take.
+    """
+    if data is None:
+        return None if file is None else read_values(file)
+    try:
+        from memplan.profiler import Device
+        from memplan.profiler.values import measure_values
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("--data", error.name or "torch", "torch") from error
+    quantization = base.quantization
+    if quantization == choices.QUANTIZATIONS[0]:
+        quantization = choices.QUANTIZATIONS[-1]
+    measured = dataclasses.replace(base, quantization=quantization)
+    with terminal.progress(f"Looking at {architecture.name}", quiet=quiet):
+        values = measure_values(
+            architecture,
+            measured,
+            adapted_linears(architecture, base),
+            data=data,
+            device=Device.find("auto").kind,
         )
-    return gpu
+    keep_values(values, str(file))
+    return values
 
 
 def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
@@ -176,11 +245,26 @@ def simulation_on(
     tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
 
     def of(recipe: Recipe) -> Footprint:
-        found: Footprint = simulator.simulate(architecture, recipe, tighter)
+        run = simulator.run(
+            architecture, recipe, tighter, missing_precision=MISSING_PRECISION
+        )
+        found: Footprint = run.footprint
         capacity_bytes = gpu.budget_bytes + gpu.context_bytes
         return dataclasses.replace(found, capacity_bytes=capacity_bytes)
 
     return of
+
+
+def _longest(lengths: Lengths, min_seq: int | None) -> int:
+    """The longest sample, which a plan is for where lengths are known."""
+    if min_seq is not None:
+        raise InputError(
+            "--min-seq",
+            min_seq,
+            "stands against --lengths, whose longest sample is the length",
+            "leave one of the two out; --seq cuts longer samples",
+        )
+    return lengths.longest
 
 
 def _margin(text: str | None, gpu: Gpu) -> int:

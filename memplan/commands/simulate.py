@@ -15,14 +15,13 @@ import click
 from memplan import accuracy, results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
-from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     inference_options,
     json_option,
     life_options,
-    model_argument,
     recipe_options,
     take_gpu,
     take_inference,
@@ -35,7 +34,6 @@ from memplan.errors import InputError, MissingExtraError
 from memplan.gpu import Gpu
 from memplan.inference import Inference
 from memplan.life import NO_LIFE, Life, LifeOptions
-from memplan.model_source import read_config
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal, timeline
 from memplan.simulation import Sample, Simulation
@@ -86,10 +84,7 @@ def command(  # noqa: PLR0913 - each is an option
         _refuse_life(asked)
     record = timeline.writer_of(timeline_file) if timeline_file else None
     settings = AllocatorSettings.parse(allocator or "", on_windows=on_windows)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
     life = NO_LIFE if inference else asked.choose(architecture, recipe)
     task = _Task(architecture, recipe, gpu, settings, life, inference, record)
     simulation = _run(task, quiet=as_json)

@@ -6,19 +6,18 @@ from typing import Any
 
 import click
 
-from memplan.catalog import architecture_of
 from memplan.commands.options import (
     RecipeCommand,
+    asked_architecture,
     gpu_options,
     json_option,
-    model_argument,
     recipe_options,
+    required_gpu,
     take_recipe,
     trust_option,
     without_compiler,
 )
-from memplan.commands.plan import estimate_on, required_gpu
-from memplan.model_source import read_config
+from memplan.commands.plan import estimate_on
 from memplan.planner.why_not import Question
 from memplan.reporters import json, terminal
 from memplan.reporters import why_not as reporter
@@ -40,10 +39,7 @@ def command(
     """
     recipe, named = take_recipe(options)
     gpu = required_gpu(options)
-    source = read_config(
-        model_argument(model, named), trust_remote_code=trust_remote_code
-    )
-    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
     question = Question(
         architecture=architecture,
         recipe=recipe,

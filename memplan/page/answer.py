@@ -158,7 +158,7 @@ def plan(asked: Asked) -> Plan:
         prior=DEFAULT_PRIOR,
     )
     means = decide.Means(
-        estimate=lambda one: estimator.estimate(model, one, gpu),
+        estimate=lambda one: estimator.run(model, one, gpu).footprint,
         verify=None,
         parameters=lambda one: estimator.run(model, one, gpu).parameters,
     )

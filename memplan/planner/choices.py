@@ -25,8 +25,11 @@ PREFERENCES = ("quality", "speed", "length")
 RANKS = (4, 8, 16, 32, 64, 128)
 """Ranks that are chosen from."""
 
-SEQUENCE_LENGTHS = tuple(512 * 2**power for power in range(9))
-"""Lengths that are tried beyond the floor, to 131,072 tokens."""
+LENGTH_STEP = 256
+"""Tokens: lengths beyond the floor are multiples."""
+
+LONGEST = 2**17
+"""Tokens beyond which no length is tried where a model names no most."""
 
 EFFECTIVE_BATCH = 16
 """Sequences of an optimizer step unless the user says: what seed recipes and the
@@ -63,6 +66,8 @@ class Floors:
     rank: int = RANKS[0]
     margin_bytes: int = 0
     """Bytes of the budget that stay free."""
+    ragged: bool = False
+    """Whether samples differ in length, so that a batch of several needs a mask."""
 
 
 def recipes(
@@ -82,6 +87,13 @@ def recipes(
         yield with_keys(base, given, changes)
 
 
+def excess_bytes(footprint: Footprint, budget_bytes: int) -> int:
+    """Bytes reserved beyond a budget, or still needed where memory ran out."""
+    if footprint.failed_moment is not None:
+        return max(footprint.missing_bytes, 1)
+    return footprint.life_peak.reserved_bytes - budget_bytes
+
+
 def departures(recipe: Recipe, base: Recipe) -> int:
     """How far a recipe's optimizer and loss are from the usual ones."""
     known = recipe.optimizer in OPTIMIZERS
@@ -95,22 +107,14 @@ def quantizations(base: Recipe, given: Collection[str]) -> tuple[str, ...]:
     return (base.quantization,) if fixed else QUANTIZATIONS
 
 
-def lengths(
-    architecture: Architecture,
-    base: Recipe,
-    given: Collection[str],
-    floors: Floors,
-    prefer: str,
-) -> tuple[int, ...]:
-    """The sequence lengths to try, the longest first."""
-    if "sequence_length" in given:
-        return (base.sequence_length,)
-    floor = floors.sequence_length
-    if prefer != "length":
-        return (floor,)
-    most = architecture.max_positions or SEQUENCE_LENGTHS[-1]
-    longer = {length for length in SEQUENCE_LENGTHS if floor < length <= most}
-    return tuple(sorted(longer | {floor}, reverse=True))
+def longest_length(architecture: Architecture) -> int:
+    """The longest sequence that is tried: what the model is configured for."""
+    return architecture.max_positions or LONGEST
+
+
+def shorter(length: int) -> int:
+    """The length that is tried after one at which nothing is upheld."""
+    return length * 15 // 16 // LENGTH_STEP * LENGTH_STEP
 
 
 def with_keys(base: Recipe, given: Collection[str], changes: dict[str, Any]) -> Recipe:
@@ -130,7 +134,7 @@ def with_keys(base: Recipe, given: Collection[str], changes: dict[str, Any]) -> 
 
 def _batches(
     base: Recipe, given: Collection[str], floors: Floors
-) -> tuple[dict[str, int], ...]:
+) -> tuple[dict[str, Any], ...]:
     """Micro-batches, powers of two, whose steps see the effective batch."""
     if "batch_size" in given:
         return (_accumulated(base.batch_size, base, given, floors),)
@@ -141,8 +145,11 @@ def _batches(
 
 def _accumulated(
     size: int, base: Recipe, given: Collection[str], floors: Floors
-) -> dict[str, int]:
+) -> dict[str, Any]:
     steps = max(1, floors.effective_batch // size)
     if "accumulation" in given:
         steps = base.accumulation
-    return {"batch_size": size, "accumulation": steps}
+    batch = {"batch_size": size, "accumulation": steps}
+    if floors.ragged and "padded" not in given:
+        batch["padded"] = size > 1
+    return batch

@@ -16,21 +16,26 @@ import numpy as np
 
 from memplan.architecture import Linear
 from memplan.footprint import Footprint
-from memplan.planner.choices import Estimate
+from memplan.planner.choices import Estimate, excess_bytes
 from memplan.planner.modules import Group, with_ranks
 from memplan.planner.solver import Problem, Solution, solve_lagrangian, solve_milp
 from memplan.planner.solver.problem import Floats, Integers
-from memplan.planner.value import priors
+from memplan.planner.value import explained_variance, priors
 from memplan.planner.value.robust import solve_robust
 from memplan.recipe import Recipe
+from memplan.values import Values
 
 ROBUST = "robust"
 """All priors at once."""
 
+EXPLAINED_VARIANCE = "explained-variance"
+"""What measured values say, in the place of priors."""
+
 DEFAULT_PRIOR = "per-parameter"
-"""Equal ranks, as far as bytes allow: what reports/benchmark_ranks.md leads to. There
-the robust ranks were worse than equal ones at equal bytes, as were most; mlp-first was
-better by a sixth of what halving every rank costs, on one model of 0.3 M parameters."""
+"""Equal ranks, as far as bytes allow: what reports/benchmark_ranks.md leads to, by the
+rule of its `default_prior`. There all others were worse at equal bytes but mlp-first,
+whose gain, -0.0055 +- 0.0030 nats a byte, is not shown to be a tenth of what halving
+every rank costs (+0.0352)."""
 
 MOST_TIGHTENINGS = 6
 """Times that the budget is tightened before the smallest ranks are taken."""
@@ -73,6 +78,8 @@ class RankSearch:
     ranks: tuple[int, ...]
     """The menu, the smallest first."""
     prior: str = DEFAULT_PRIOR
+    values: Values | None = None
+    """What EXPLAINED_VARIANCE goes by."""
 
     def run(self) -> Ranked | None:
         """The ranks that fit at the least loss, at the knee where memory is slack.
@@ -93,13 +100,13 @@ class RankSearch:
         """
         smallest = self.estimate(self._with({}))
         labels = [moment.label for moment in smallest.moments]
-        base = _allocated(smallest, labels)
+        base = allocated(smallest, labels)
         shape = (len(labels), len(self.groups), len(self.ranks))
         num_bytes = np.zeros(shape, dtype=np.int64)
         for row, one in enumerate(self.groups):
             for column, rank in enumerate(self.ranks[1:], start=1):
                 probed = self.estimate(self._with({one.name: rank}))
-                added = _allocated(probed, labels) - base
+                added = allocated(probed, labels) - base
                 num_bytes[:, row, column] = np.maximum(added, 0)
         reserved = [moment.reserved_bytes for moment in smallest.moments]
         return Problem(
@@ -115,7 +122,7 @@ class RankSearch:
             if solution.choices is None:
                 return None
             found = self._ranked(solution, regrets)
-            excess = _excess(found.footprint, self.budget_bytes)
+            excess = excess_bytes(found.footprint, self.budget_bytes)
             if excess <= 0:
                 return found
             posed = posed.with_free_bytes(posed.free_bytes - excess)
@@ -123,15 +130,14 @@ class RankSearch:
 
     def _at_the_knee(self, posed: Problem, found: Ranked) -> Ranked:
         """Fewer bytes for nearly the same: the smallest share within the tolerance."""
-        linears = self._linears()
-        most_lost = lost_share(linears, found.ranks) + QUALITY_TOLERANCE
+        most_lost = self._lost_share(found.ranks) + QUALITY_TOLERANCE
         used = np.array(found.solution.used_bytes, dtype=np.float64)
         low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             share = (low + high) / 2
             choices = self._solved(_within_bytes(posed, used * share))[0].choices
             fits = choices is not None
-            if fits and lost_share(linears, self._spread(choices or ())) <= most_lost:
+            if fits and self._lost_share(self._spread(choices or ())) <= most_lost:
                 high = share
             else:
                 low = share
@@ -143,15 +149,19 @@ class RankSearch:
         self, problem: Problem, *, exact: bool = False
     ) -> tuple[Solution, Mapping[str, float]]:
         """The solution, and what each prior regrets of it; `exact` asks HiGHS, too."""
-        named = priors.names() if self.prior == ROBUST else (self.prior,)
-        by_prior = {name: losses(self.groups, self.ranks, name) for name in named}
-        if len(by_prior) > 1:
-            robust = solve_robust(
-                problem.with_costs(by_prior[named[0]]), by_prior, exact=exact
-            )
+        if self.prior == ROBUST:
+            by_prior = {n: losses(self.groups, self.ranks, n) for n in priors.names()}
+            posed = problem.with_costs(by_prior[DEFAULT_PRIOR])
+            robust = solve_robust(posed, by_prior, exact=exact)
             return robust.solution, robust.regrets
         solve = solve_milp if exact else solve_lagrangian
-        return solve(problem.with_costs(by_prior[named[0]])), {}
+        return solve(problem.with_costs(self._losses())), {}
+
+    def _losses(self) -> Floats:
+        if self.prior != EXPLAINED_VARIANCE:
+            return losses(self.groups, self.ranks, self.prior)
+        assert self.values is not None
+        return measured_losses(self.groups, self.ranks, self.values)
 
     def _ranked(self, solution: Solution, regrets: Mapping[str, float]) -> Ranked:
         ranks = self._spread(solution.choices or ())
@@ -180,6 +190,14 @@ class RankSearch:
         }
         return with_ranks(self.recipe, ranks)
 
+    def _lost_share(self, ranks: Mapping[str, int]) -> float:
+        """The share of the adapters' worth that is lost: as measured, if it was."""
+        if self.prior != EXPLAINED_VARIANCE or self.values is None:
+            return lost_share(self._linears(), ranks)
+        spectra = self.values.spectra
+        lost = (explained_variance.loss(spectra[p], rank) for p, rank in ranks.items())
+        return sum(lost) / len(ranks)
+
     def _linears(self) -> dict[str, Linear]:
         return {
             path: linear
@@ -205,6 +223,26 @@ def losses(groups: Sequence[Group], ranks: Sequence[int], prior: str) -> Floats:
     table = [
         [sum(held.loss(x, r) for x in one.linears) for r in ranks] for one in groups
     ]
+    return _within_shapes(table, groups, ranks)
+
+
+def measured_losses(
+    groups: Sequence[Group], ranks: Sequence[int], values: Values
+) -> Floats:
+    """The same by what the layers' inputs were seen to be.
+
+    Raises InputError where nothing was seen of a layer.
+    """
+    seen = values.of({path: None for one in groups for path in one.paths})
+    paths = [one.paths for one in groups]
+    table = explained_variance.losses(seen.spectra, paths, ranks)
+    return _within_shapes(table, groups, ranks)
+
+
+def _within_shapes(
+    table: Sequence[Sequence[float]], groups: Sequence[Group], ranks: Sequence[int]
+) -> Floats:
+    """The losses, infinite where a layer is too small for a rank."""
     costs = np.array(table)
     for row, one in enumerate(groups):
         narrowest = min(min(x.in_features, x.out_features) for x in one.linears)
@@ -235,13 +273,7 @@ def _within_bytes(problem: Problem, used: Floats) -> Problem:
     return problem.with_free_bytes(used.astype(np.int64))
 
 
-def _allocated(footprint: Footprint, labels: Sequence[str]) -> Integers:
+def allocated(footprint: Footprint, labels: Sequence[str]) -> Integers:
+    """(moments,): allocated bytes at the moments of those labels."""
     by_label = {moment.label: moment.allocated_bytes for moment in footprint.moments}
     return np.array([by_label[label] for label in labels], dtype=np.int64)
-
-
-def _excess(footprint: Footprint, budget_bytes: int) -> int:
-    """Bytes that the footprint reserves beyond a budget, or would need to."""
-    if footprint.failed_moment is not None:
-        return max(footprint.missing_bytes, 1)
-    return footprint.life_peak.reserved_bytes - budget_bytes

@@ -20,7 +20,14 @@ from memplan.errors import InputError
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices
-from memplan.planner.choices import PREFERENCES, Estimate, Floors
+from memplan.planner.bits import BitSearch
+from memplan.planner.choices import (
+    LENGTH_STEP,
+    PREFERENCES,
+    Estimate,
+    Floors,
+    excess_bytes,
+)
 from memplan.planner.modules import Group, adapted_linears, group, with_ranks
 from memplan.planner.ranks import (
     DEFAULT_PRIOR,
@@ -33,18 +40,27 @@ from memplan.planner.ranks import (
 from memplan.planner.speed import StepCost, step_cost
 from memplan.recipe import Recipe
 from memplan.units import format_bytes
+from memplan.values import Values
 
 TIME_TOLERANCE = 0.02
 """Shares of a step's time that count as the same: the roofline knows no better."""
 
-SHAPING_KEYS = ("checkpointing", "every_n_layers", "offload", "loss")
+SHAPING_KEYS = ("quantization", "checkpointing", "every_n_layers", "offload")
 """Keys that decide what a step keeps, and so how far an estimate may be off."""
 
-MOST_FINALISTS = 6
-"""Recipes that are ranked and verified before the search gives up on a length."""
+CAUTION = 1.1
+"""What is missing is taken to be so many times as much: other ranks lie otherwise in
+the allocator's segments."""
 
-MOST_TIGHTENINGS = 2
-"""Times that a finalist is ranked, before it is verified at the smallest ranks."""
+Kind = tuple[Any, ...]
+"""A recipe's values of SHAPING_KEYS."""
+
+MOST_FINALISTS = 6
+"""Recipes of a length and a scheme that are ranked and verified."""
+
+DOUBTED_SHARE = 0.1
+"""The share of the budget beyond which no estimate is doubted that says a recipe does
+not fit: three times the estimate's bar beside the simulation at worst."""
 
 RATES_OF = "RTX 3060"
 """Whose bf16 rate and bandwidth stand for those of a card that has none known: it is of
@@ -84,7 +100,19 @@ class Found:
 
     @property
     def recipe(self) -> Recipe:
-        return self.candidate.recipe if self.ranked is None else self.ranked.recipe
+        return self.candidate.recipe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upheld:
+    """What verifying a candidate said."""
+
+    ranked: Ranked | None
+    candidate: Candidate
+    """With its ranks and its verified footprint."""
+    estimated_bytes: int
+    excess_bytes: int
+    """What it takes beyond the budget; at most 0 where it is upheld."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,37 +131,49 @@ class Search:
     prefer: str = PREFERENCES[0]
     granularity: str = "by-type"
     prior: str = DEFAULT_PRIOR
+    values: Values | None = None
+    """What was measured of the layers, for the prior that goes by it and for bits."""
+    spares: bool = False
+    """Whether memory that ranks leave is spent on layers in 16 bits."""
     ranks: tuple[int, ...] = choices.RANKS
 
     def run(self) -> Found:
         """The best recipe; raises InputError where nothing fits."""
-        rejected = 0
+        num_looked_at = 0
         for length in self._lengths():
             for quantization in choices.quantizations(self.base, self.given):
                 made = [*self._recipes(quantization, length)]
+                num_looked_at += len(made)
                 tried = made if self._loads(made) else []
                 fitting = [one for one in map(self.candidate, tried) if one is not None]
-                rejected += len(made) - len(fitting)
-                found = self._best(fitting, rejected)
+                found = self._best(fitting, num_looked_at)
                 if found is not None:
                     return found
-        raise self._refusal(rejected)
+        if len(self._refused) == num_looked_at:
+            raise self._refused[-1]
+        return self._last_resort(num_looked_at)
 
     def candidate(self, recipe: Recipe) -> Candidate | None:
         """The recipe at the largest rank that all can share; None if none fits."""
-        fitting = self._last_that_fits(recipe)
-        if fitting is None:
-            return None
-        best, footprint = fitting
-        ranks = dict.fromkeys(self._linears, best.rank)
+        fitting = self._last_that_fits(recipe, self._limit(recipe))
+        return None if fitting is None else self._judged(*fitting)
+
+    def _limit(self, recipe: Recipe) -> int:
+        """What may be reserved by the estimate, as far as verifications have shown."""
+        return self._limits.get(_kind(recipe), self._budget_bytes)
+
+    def _judged(self, recipe: Recipe, footprint: Footprint | None = None) -> Candidate:
+        """A recipe whose modules share a rank, with what it loses and how it runs."""
         return Candidate(
-            recipe=best,
-            footprint=footprint,
-            lost_share=lost_share(self._linears, ranks) if ranks else 0.0,
-            cost=step_cost(self.architecture, best, self._rated),
+            recipe=recipe,
+            footprint=footprint or self.estimate(recipe),
+            lost_share=self._lost_share(recipe.rank),
+            cost=step_cost(self.architecture, recipe, self._rated),
         )
 
-    def _last_that_fits(self, recipe: Recipe) -> tuple[Recipe, Footprint] | None:
+    def _last_that_fits(
+        self, recipe: Recipe, limit_bytes: int
+    ) -> tuple[Recipe, Footprint] | None:
         """The recipe at the last rank of the menu that fits, by halving."""
         made = self._smallest_of(recipe)
         try:
@@ -142,14 +182,14 @@ class Search:
             # Another combination may run where this one cannot.
             self._refused.append(error)
             return None
-        if not self._fits(footprint):
+        if excess_bytes(footprint, limit_bytes) > 0:
             return None
         best, low, high = (made, footprint), 0, len(self._menu)
         while high - low > 1:
             middle = (low + high) // 2
             made = self._shared(recipe, self._menu[middle])
             footprint = self.estimate(made)
-            if self._fits(footprint):
+            if excess_bytes(footprint, limit_bytes) <= 0:
                 best, low = (made, footprint), middle
             else:
                 high = middle
@@ -157,10 +197,10 @@ class Search:
 
     def smallest(self) -> Recipe:
         """The combination within the floors that takes the least."""
-        length = self._lengths()[-1]
+        length = self._floor
         quantization = choices.quantizations(self.base, self.given)[-1]
         made = [*self._recipes(quantization, length)]
-        return min(map(self._smallest_of, made), key=self._reserved)
+        return min(map(self._smallest_of, made), key=self._estimated)
 
     def _loads(self, made: list[Recipe]) -> bool:
         """Whether the weights fit, which no other knob changes."""
@@ -175,8 +215,8 @@ class Search:
         """The recipe at the smallest ranks."""
         return self._shared(recipe, self._menu[0]) if self._menu else recipe
 
-    def _reserved(self, recipe: Recipe) -> float:
-        """The reserved peak; infinite for a recipe that cannot run."""
+    def _estimated(self, recipe: Recipe) -> float:
+        """The estimated peak; infinite for a recipe that cannot run."""
         try:
             return self.estimate(recipe).life_peak.reserved_bytes
         except InputError:
@@ -209,65 +249,110 @@ class Search:
     def _worse(self, one: Candidate, best_lost: float) -> float:
         return max(0.0, one.lost_share - best_lost - QUALITY_TOLERANCE)
 
-    def _best(self, fitting: list[Candidate], rejected: int) -> Found | None:
+    def _best(self, fitting: list[Candidate], num_looked_at: int) -> Found | None:
         """The first of the best few that its verification upholds.
 
-        A finalist that fails says how far the estimate is off for its checkpointing
-        and loss, and spares those of the same that are no smaller by as much.
+        One that fails says how far the estimate is off for its checkpointing: all of
+        that kind are judged anew within so much less, here and at other lengths. After
+        a few, the smallest of those left has the last try.
         """
-        if not fitting:
-            return None
-        ordered = self.ordered(fitting)
-        limits: dict[tuple[Any, ...], float] = {}
-        tried = 0
-        for one in ordered:
-            smallest = self._smallest_of(one.recipe)
-            needed = self.estimate(smallest).life_peak.reserved_bytes
-            kind = tuple(getattr(one.recipe, key) for key in SHAPING_KEYS)
-            if needed > limits.get(kind, math.inf) or tried == MOST_FINALISTS:
-                continue
-            tried += 1
-            ranked, verified = self._upheld(one)
-            if self._fits(verified):
-                recipe = one.recipe if ranked is None else ranked.recipe
+        for tries_left in reversed(range(MOST_FINALISTS)):
+            if not fitting:
+                return None
+            one = self.ordered(fitting)[0] if tries_left else self._smallest(fitting)
+            limit = self._limit(one.recipe)
+            upheld = self._uphold(one, limit if tries_left else _reserved(one))
+            if upheld.excess_bytes <= 0:
                 return Found(
-                    ranked=ranked,
-                    candidate=dataclasses.replace(
-                        one, recipe=recipe, footprint=verified
-                    ),
-                    considered=tuple(ordered),
-                    num_rejected=rejected,
+                    ranked=upheld.ranked,
+                    candidate=upheld.candidate,
+                    considered=tuple(self.ordered(fitting)),
+                    num_rejected=num_looked_at - len(fitting),
                 )
-            limits[kind] = needed - self._excess(verified)
+            off = math.ceil(CAUTION * upheld.excess_bytes)
+            kind = _kind(one.recipe)
+            self._limits[kind] = min(upheld.estimated_bytes - off, limit - 1)
+            fitting = [*self._judged_anew(fitting, kind)]
         return None
 
-    def _upheld(self, one: Candidate) -> tuple[Ranked | None, Footprint]:
-        """The candidate's ranks and what verifying them says, the smallest at last."""
-        if not self._linears:
-            return None, self.verify(one.recipe)
-        budget_bytes = self._budget_bytes
-        for _ in range(MOST_TIGHTENINGS):
-            ranked = self._ranked(one.recipe, budget_bytes, self._menu)
-            if ranked is None:
-                break
-            verified = self.verify(ranked.recipe)
-            if self._fits(verified):
-                return ranked, verified
-            budget_bytes -= self._excess(verified)
-        ranked = self._ranked(one.recipe, self._budget_bytes, self._menu[:1])
-        verified = self.verify(self._smallest_of(one.recipe))
-        return ranked, verified
+    def _judged_anew(
+        self, fitting: Iterable[Candidate], kind: Kind
+    ) -> Iterator[Candidate]:
+        """Those that still fit when all of a kind are judged again."""
+        for one in fitting:
+            concerned = _kind(one.recipe) == kind
+            again = self.candidate(one.recipe) if concerned else one
+            if again is not None:
+                yield again
 
-    def _ranked(
-        self, recipe: Recipe, budget_bytes: int, ranks: tuple[int, ...]
-    ) -> Ranked | None:
+    def _uphold(self, one: Candidate, limit_bytes: int) -> Upheld:
+        """The candidate with its ranks within a limit, and what verifying it says."""
+        ranked = self._ranked(one.recipe, limit_bytes) if self._linears else None
+        recipe = one.recipe if ranked is None else ranked.recipe
+        estimated = one.footprint if ranked is None else ranked.footprint
+        if self.spares:
+            recipe = self._with_spared(recipe, limit_bytes)
+            estimated = self.estimate(recipe)
+        verified = self.verify(recipe)
+        return Upheld(
+            ranked=ranked,
+            candidate=dataclasses.replace(one, recipe=recipe, footprint=verified),
+            estimated_bytes=estimated.life_peak.reserved_bytes,
+            excess_bytes=excess_bytes(verified, self._budget_bytes),
+        )
+
+    def _smallest(self, fitting: Iterable[Candidate]) -> Candidate:
+        """The smallest of the candidates, at the smallest ranks."""
+        made = (self._smallest_of(one.recipe) for one in fitting)
+        return self._judged(min(made, key=self._estimated))
+
+    def _last_resort(self, num_looked_at: int) -> Found:
+        """The smallest recipe of all, of which an estimate alone may think too much.
+
+        Raises InputError with what is missing.
+        """
+        one = self._judged(self.smallest())
+        excess = excess_bytes(one.footprint, self._budget_bytes)
+        if excess <= DOUBTED_SHARE * self._budget_bytes:
+            upheld = self._uphold(one, _reserved(one))
+            excess = upheld.excess_bytes
+            if excess <= 0:
+                return Found(
+                    ranked=upheld.ranked,
+                    candidate=upheld.candidate,
+                    considered=(one,),
+                    num_rejected=num_looked_at - 1,
+                )
+        raise InputError(
+            "--gpu",
+            self.gpu.name,
+            "is too small: the smallest recipe within the floors lacks "
+            f"{format_bytes(excess)}",
+            "see `memplan why-not`",
+        )
+
+    def _ranked(self, recipe: Recipe, budget_bytes: int) -> Ranked | None:
         return RankSearch(
             recipe=recipe,
             groups=self._groups,
             estimate=self.estimate,
             budget_bytes=budget_bytes,
-            ranks=ranks,
+            ranks=self._menu,
             prior=self.prior,
+            values=self.values,
+        ).run()
+
+    def _with_spared(self, recipe: Recipe, limit_bytes: int) -> Recipe:
+        """The recipe with the layers in 16 bits for which a limit leaves room."""
+        values = self.values
+        if values is None or recipe.quantization != values.quantization:
+            return recipe
+        return BitSearch(
+            recipe=recipe,
+            groups=self._groups,
+            estimate=self.estimate,
+            budget_bytes=limit_bytes,
+            errors=values.errors,
         ).run()
 
     def _recipes(self, quantization: str, length: int) -> Iterator[Recipe]:
@@ -276,19 +361,54 @@ class Search:
     def _shared(self, recipe: Recipe, rank: int) -> Recipe:
         return with_ranks(recipe, dict.fromkeys(self._linears, rank))
 
-    def _lengths(self) -> tuple[int, ...]:
-        return choices.lengths(
-            self.architecture, self.base, self.given, self.floors, self.prefer
-        )
+    def _lengths(self) -> Iterator[int]:
+        """The sequence lengths to try, from the longest that the estimate has."""
+        length = self._floor
+        if self.prefer == "length" and "sequence_length" not in self.given:
+            length = self._longest()
+        while length > self._floor:
+            yield length
+            length = choices.shorter(length)
+        yield self._floor
 
-    def _fits(self, footprint: Footprint) -> bool:
-        return self._excess(footprint) <= 0
+    def _longest(self) -> int:
+        """The longest sequence that any combination fits, by the estimate."""
+        steps = 0
+        for quantization in choices.quantizations(self.base, self.given):
+            # The smallest combinations come last; one that beats none is asked once.
+            for recipe in reversed([*self._recipes(quantization, self._floor)]):
+                steps = self._more_steps(recipe, steps)
+        return max(steps * LENGTH_STEP, self._floor)
 
-    def _excess(self, footprint: Footprint) -> int:
-        """Bytes beyond the budget; at least 1 where memory ran out."""
-        if footprint.failed_moment is not None:
-            return max(footprint.missing_bytes, 1)
-        return footprint.life_peak.reserved_bytes - self._budget_bytes
+    def _more_steps(self, recipe: Recipe, steps: int) -> int:
+        """The most steps of length that the recipe fits, at least those given."""
+        low, high = steps, choices.longest_length(self.architecture) // LENGTH_STEP + 1
+        middle = steps + 1
+        while high - low > 1:
+            if self._fits_at(recipe, middle * LENGTH_STEP):
+                low = middle
+            elif low == steps:
+                return steps
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return low
+
+    def _fits_at(self, recipe: Recipe, length: int) -> bool:
+        made = dataclasses.replace(recipe, sequence_length=length)
+        needed = self._estimated(self._smallest_of(made))
+        return needed <= self._limit(recipe)
+
+    @property
+    def _floor(self) -> int:
+        """The length that a plan has at least."""
+        given = "sequence_length" in self.given
+        return self.base.sequence_length if given else self.floors.sequence_length
+
+    @functools.cached_property
+    def _limits(self) -> dict[Kind, int]:
+        """What may be reserved by the estimate, for kinds of which it was off."""
+        return {}
 
     @functools.cached_property
     def _budget_bytes(self) -> int:
@@ -323,21 +443,26 @@ class Search:
         """What was said of combinations that cannot run."""
         return []
 
-    def _refusal(self, num_rejected: int) -> InputError:
-        """What is missing; or why none runs, where that is it."""
-        if len(self._refused) == num_rejected:
-            return self._refused[-1]
-        smallest = self.smallest()
-        excess = self._excess(self.estimate(smallest))
-        if excess <= 0:
-            excess = self._excess(self.verify(smallest))
-        return InputError(
-            "--gpu",
-            self.gpu.name,
-            "is too small: the smallest recipe within the floors lacks "
-            f"{format_bytes(excess)}",
-            "see `memplan why-not`",
-        )
+    def _lost_share(self, rank: int) -> float:
+        """What is lost at a rank that all modules share."""
+        if rank not in self._lost_shares:
+            ranks = dict.fromkeys(self._linears, rank)
+            lost = lost_share(self._linears, ranks) if ranks else 0.0
+            self._lost_shares[rank] = lost
+        return self._lost_shares[rank]
+
+    @functools.cached_property
+    def _lost_shares(self) -> dict[int, float]:
+        """By rank, as far as was asked."""
+        return {}
+
+
+def _kind(recipe: Recipe) -> Kind:
+    return tuple(getattr(recipe, key) for key in SHAPING_KEYS)
+
+
+def _reserved(one: Candidate) -> int:
+    return one.footprint.life_peak.reserved_bytes
 
 
 def rated(gpu: Gpu) -> Gpu:

@@ -53,7 +53,7 @@ def solve(  # noqa: PLR0913 - each is a part of what is asked
     )
 
     def estimate(tried: Recipe) -> Footprint:
-        return estimator.estimate(architecture, tried, gpu)
+        return estimator.run(architecture, tried, gpu).footprint
 
     means = Means(
         estimate=estimate,

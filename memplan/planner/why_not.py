@@ -18,6 +18,7 @@ from memplan.planner.choices import (
     OPTIMIZERS,
     QUANTIZATIONS,
     Estimate,
+    excess_bytes,
     with_keys,
 )
 from memplan.planner.modules import adapted_linears, ranks_of, with_ranks
@@ -154,9 +155,7 @@ class Question:
             )
 
     def _missing(self, footprint: Footprint) -> int:
-        if footprint.failed_moment is not None:
-            return max(footprint.missing_bytes, 1)
-        return footprint.life_peak.reserved_bytes - self.gpu.budget_bytes
+        return excess_bytes(footprint, self.gpu.budget_bytes)
 
     def _knobs(self) -> Iterator[tuple[dict[str, Any], Recipe | None]]:
         """Single changes, each with the recipe that it makes."""

@@ -56,6 +56,12 @@ def batches(
         yield {name: tensor.to(device) for name, tensor in collate(rows).items()}
 
 
+def first_sequences(task: Task, count: int) -> list[list[int]]:
+    """Tokens of the first texts of the task's file, cut to the sequence length."""
+    texts = _tokenized(task)[:count]
+    return [tokens[: task.recipe.sequence_length] for tokens in texts]
+
+
 def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     """Rows as a batch, each (B, T) of int64, padded to the longest on the right."""
     length = max(len(row["input_ids"]) for row in rows)

@@ -34,7 +34,7 @@ def levers(architecture: Architecture, recipe: Recipe, gpu: Gpu | None) -> Lever
     def estimate(one: Recipe) -> Footprint:
         try:
             with tapes.known_only():
-                return estimator.estimate(architecture, one, gpu)
+                return estimator.run(architecture, one, gpu).footprint
         except UntracedError:
             unknown.append(one)
             raise

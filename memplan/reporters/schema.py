@@ -317,6 +317,7 @@ def plan_schema() -> dict[str, Any]:
         "type": "object",
         "properties": {
             **kept,
+            "lengths": properties["lengths"],
             "kind": {"const": "plan"},
             "recipe": recipe_schema(),
         },

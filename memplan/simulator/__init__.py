@@ -46,7 +46,7 @@ UNNAMED_CARD = "80GB"
 """What stands for the card where none is named; its kernels are those of 8.6."""
 
 MISSING_PRECISION = 128
-"""What is missing is found to one part in so many."""
+"""One part in so many, to which what is missing is found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,18 +99,28 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     *,
     life: Life = NO_LIFE,
     record: Callable[[Iterator[Sample]], None] | None = None,
+    missing_precision: int = MISSING_PRECISION,
 ) -> Simulation:
     """The simulation of a fine-tune; `progress` is told of each moment that begins.
 
     `record` is given the memory after each event, as it was on the card, or on one that
-    is large enough where the card is not.
+    is large enough where the card is not. What is missing is found to one part in
+    `missing_precision`, and is never too little.
     """
     notes = (*checks.check(architecture, recipe, gpu), *life.notes(recipe))
     card = gpu or find_gpu(UNNAMED_CARD)
     traced = trace(architecture, recipe, card, progress, life=life)
     host = _host_bytes(architecture, recipe, card, life, traced)
     progress("replay")
-    return simulation_of(traced, gpu, settings, notes=notes, host=host, record=record)
+    return simulation_of(
+        traced,
+        gpu,
+        settings,
+        notes=notes,
+        host=host,
+        record=record,
+        missing_precision=missing_precision,
+    )
 
 
 def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
@@ -121,10 +131,11 @@ def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
     notes: tuple[str, ...],
     host: dict[str, int],
     record: Callable[[Iterator[Sample]], None] | None,
+    missing_precision: int = MISSING_PRECISION,
 ) -> Simulation:
     """What a trace comes to on a card."""
     settings = settings or AllocatorSettings()
-    found, missing_bytes = _replay_on_card(traced.log, settings, gpu)
+    found, missing_bytes = _replay_on_card(traced.log, settings, gpu, missing_precision)
     if record is not None:
         limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
         record(samples(traced.log, settings, limit))
@@ -285,7 +296,7 @@ def num_copies(path: str, pattern: Pattern | None) -> int:
 
 
 def _replay_on_card(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None
+    log: EventLog, settings: AllocatorSettings, gpu: Gpu | None, missing_precision: int
 ) -> tuple[Replay, int]:
     """The replay with the card's budget, and how many bytes more it would need.
 
@@ -299,12 +310,18 @@ def _replay_on_card(
         return limited, 0
     unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
-    enough = _smallest_budget(log, settings, gpu, unlimited.moments)
+    enough = _smallest_budget(
+        log, settings, gpu.budget_bytes, unlimited.moments, missing_precision
+    )
     return unlimited, enough - gpu.budget_bytes
 
 
 def _smallest_budget(
-    log: EventLog, settings: AllocatorSettings, gpu: Gpu, unlimited: list[Moment]
+    log: EventLog,
+    settings: AllocatorSettings,
+    budget_bytes: int,
+    unlimited: list[Moment],
+    missing_precision: int,
 ) -> int:
     """About the smallest budget that suffices, with the cache given back in need.
 
@@ -312,8 +329,8 @@ def _smallest_budget(
     """
     allocated = max(moment.allocated_bytes for moment in unlimited)
     enough = max(moment.reserved_bytes for moment in unlimited)
-    too_little = max(gpu.budget_bytes, allocated - 1)
-    while (enough - too_little) * MISSING_PRECISION > enough - gpu.budget_bytes:
+    too_little = max(budget_bytes, allocated - 1)
+    while (enough - too_little) * missing_precision > enough - budget_bytes:
         middle = (too_little + enough) // 2
         if replay(log, settings, middle).failed_moment is None:
             enough = middle

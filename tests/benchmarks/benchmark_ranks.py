@@ -18,7 +18,7 @@ import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,13 @@ RANKS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24)
 BUDGET_RANK = 8
 RECIPE = Recipe(rank=BUDGET_RANK, dtype="float32")
 BYTES_PER_PARAMETER = 16
+
+EQUAL_RANKS = "per-parameter"
+"""The prior by which equal ranks are best."""
+
+HALVED = "uniform r=4"
+MATERIAL_SHARE = 0.1
+"""A prior's gain counts from this share of what halving every rank loses."""
 """A float32 adapter with its gradient and AdamW's two moments."""
 
 REPORT = Path(__file__).parents[2] / "reports" / "benchmark_ranks.md"
@@ -360,8 +367,36 @@ def report(rows: list[Row], size: Size, seconds: float) -> str:
     return f"{text}\n{conclusion(rows)}\n\n{made}\n"
 
 
+def default_prior(found: Mapping[str, tuple[float, float]]) -> str:
+    """The prior that plans go by, of mean differences with their half intervals.
+
+    Equal ranks, unless another prior's whole interval lies beyond a material gain; then
+    the one of the largest gain.
+    """
+    material = MATERIAL_SHARE * found[HALVED][0]
+    gains = {
+        name: -(found[f"prior {name} =B8"][0] + found[f"prior {name} =B8"][1])
+        for name in priors.names()
+        if f"prior {name} =B8" in found
+    }
+    best = max(gains, key=lambda name: gains[name])
+    return best if gains[best] > material else EQUAL_RANKS
+
+
+def decision(found: Mapping[str, tuple[float, float]]) -> str:
+    """What follows for the default prior, in a sentence."""
+    return (
+        f"So the default prior is {default_prior(found)}: equal ranks, unless the "
+        f"interval of another lies wholly beyond {MATERIAL_SHARE:.0%} of what halving "
+        "every rank loses."
+    )
+
+
 def conclusion(rows: list[Row]) -> str:
     """What the table shows of allocations at equal bytes, in a sentence."""
+    found = {
+        row.name: (statistics.mean(row.differences), row.half_width) for row in rows
+    }
     equal = [row for row in rows if row.name.endswith("=B8")]
     by_verdict = {
         word: [row.name.removesuffix(" =B8") for row in equal if row.verdict == word]
@@ -374,7 +409,7 @@ def conclusion(rows: list[Row]) -> str:
         "At equal bytes, beside rank 8 everywhere, "
         + "; ".join(said)
         + ". A model this small says nothing of a large one; it is what memplan can "
-        "measure of its own priors without a GPU."
+        f"measure of its own priors without a GPU. {decision(found)}"
     )
 
 

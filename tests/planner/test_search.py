@@ -124,6 +124,51 @@ def test_verification_has_the_last_word() -> None:
     assert found.candidate.footprint.life_peak.reserved_bytes == reserved
 
 
+def test_failed_verification_leads_to_another_recipe_of_the_same_quality() -> None:
+    """Without checkpointing all is larger than estimated: its ranks are not cut."""
+    estimate = estimate_of(LLAMA, CARD)
+    plain = search(architecture=LLAMA).run()
+
+    def verify(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, CARD)
+        more = 0 if recipe.checkpointing == "full" else 7 * GIB
+        worse = [
+            dataclasses.replace(m, reserved_bytes=m.reserved_bytes + more)
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    found = search(architecture=LLAMA, estimate=estimate, verify=verify).run()
+
+    assert plain.recipe.checkpointing == "none"
+    assert found.recipe.checkpointing == "full"
+    lost = found.candidate.lost_share - plain.candidate.lost_share
+    assert lost <= QUALITY_TOLERANCE
+
+
+def test_estimate_that_thinks_too_much_does_not_refuse_alone() -> None:
+    """The smallest recipe is verified where the estimate is not far from the budget."""
+    verified = estimate_of(LLAMA, CARD)
+    smallest = verified(search(architecture=LLAMA).smallest()).life_peak.reserved_bytes
+    tight = find_gpu("12GB", reserve_bytes=0)
+    spare = tight.budget_bytes - smallest - GIB // 64
+    card = dataclasses.replace(tight, reserve_bytes=spare)
+
+    def estimate(recipe: Recipe) -> Footprint:
+        found = verified(recipe)
+        worse = [
+            dataclasses.replace(m, reserved_bytes=int(1.03 * m.reserved_bytes))
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    one = search(architecture=LLAMA, gpu=card, estimate=estimate, verify=verified)
+    found = one.run()
+
+    assert found.candidate.footprint.life_peak.reserved_bytes <= card.budget_bytes
+    assert found.recipe == one.smallest()
+
+
 def test_full_fine_tuning_has_no_ranks() -> None:
     one = search(base=Recipe(method="full"), given={"method"})
 
@@ -239,3 +284,40 @@ def test_lost_share_is_by_the_prior_that_says_most() -> None:
         by_prior.append(lost / whole)
     assert found == max(by_prior)
     assert lost_share(linears, dict.fromkeys(linears, 8)) == 0.5
+
+
+def test_length_is_the_longest_that_any_combination_fits() -> None:
+    """One step more fits no combination at the smallest ranks."""
+    one = search(architecture=LLAMA, prefer="length", gpu=find_gpu("4GB"))
+
+    found = one.run()
+
+    length = found.recipe.sequence_length
+    assert one.floors.sequence_length < length < LLAMA.max_positions
+    assert length % choices.LENGTH_STEP == 0
+    budget = one.gpu.budget_bytes
+    for quantization in choices.QUANTIZATIONS:
+        longer = length + choices.LENGTH_STEP
+        for recipe in recipes(one.base, (), one.floors, quantization, longer):
+            smallest = dataclasses.replace(recipe, rank=4)
+            needed = footprint(LLAMA, smallest, one.gpu).life_peak.reserved_bytes
+            assert needed > budget
+
+
+def test_length_that_fails_is_shortened_until_it_is_upheld() -> None:
+    def verify(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, CARD)
+        more = recipe.sequence_length * 2**17
+        worse = [
+            dataclasses.replace(m, reserved_bytes=m.reserved_bytes + more)
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    gpu = find_gpu("4GB")
+    plain = search(architecture=LLAMA, prefer="length", gpu=gpu).run()
+    found = search(architecture=LLAMA, prefer="length", gpu=gpu, verify=verify).run()
+
+    assert 512 <= found.recipe.sequence_length < plain.recipe.sequence_length
+    reserved = verify(found.recipe).life_peak.reserved_bytes
+    assert reserved <= gpu.budget_bytes

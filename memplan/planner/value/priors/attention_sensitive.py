@@ -36,6 +36,8 @@ class AttentionSensitive(Prior):
         "won, which gives no ratio.",
         "Averages of 3 runs without deviations; alpha stayed at 16, so that halving a "
         "rank doubled its scale; the parts do not add up to the halves by depth.",
+        "memplan's own comparison at equal bytes, on a small model: worse than equal "
+        "ranks by 0.0333 nats a byte, +- 0.0033 (reports/benchmark_ranks.md).",
         "Others find the opposite: PEFT's MetaMathQA runs, AdaLoRA, LoRA Without "
         "Regret.",
         "The same authors find lambda = 2 best for Q-BaRA, whatever the layer, and "
