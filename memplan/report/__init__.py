@@ -197,7 +197,8 @@ def _report(
 
 
 def _run(subject: Subject) -> Estimate:
-    return estimator.run(subject.architecture, subject.recipe, subject.gpu)
+    found = estimator.run(subject.architecture, subject.recipe, subject.gpu)
+    return estimator.replayed(found, subject.gpu)
 
 
 def _estimated(subject: Subject) -> Estimate | None:
