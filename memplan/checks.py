@@ -30,12 +30,15 @@ def check(
     if recipe.method != "full":
         _check_names(architecture, recipe)
     _check_base(recipe)
+    scheme = quantizations.find(recipe.quantization)
+    scheme.check(recipe, gpu)
     _check_optimizer(recipe)
     return (
         *method_notes,
         *architecture.notes,
         *_position_notes(architecture, recipe),
         *_recipe_notes(recipe),
+        *scheme.notes(recipe),
         *losses.find(recipe.loss).notes(gpu),
         *_card_notes(recipe, gpu),
     )

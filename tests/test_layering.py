@@ -44,6 +44,7 @@ HEAVY = {
     "accelerate",
     "bitsandbytes",
     "hqq",
+    "optimum",
     "huggingface_hub",
     "matplotlib",
     "numpy",
