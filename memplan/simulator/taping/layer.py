@@ -29,8 +29,8 @@ from memplan.tape import LayerRegime, LayerTape, Polynomial, Stretch
 from memplan.training import model as training_model
 from memplan.training.step import autocast
 
-STEP = 64
-"""What inputs and outputs are multiples of: a 4-bit block's weights."""
+STEP = 128
+"""What inputs and outputs are multiples of: the weights that share a scale, at most."""
 
 _IN, _OUT, RANK = 61, 67, 59
 """Primes that tell inputs, outputs and rank; the rank divides both sides, as methods
