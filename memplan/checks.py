@@ -163,6 +163,13 @@ def _check_base(recipe: Recipe) -> None:
             "is not simulated under DoRA, which copies its layers",
             "use nf4-double, or another method",
         )
+    if recipe.method == "relora" and scheme.merge_problem:
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            f"cannot carry ReLoRA: merging into it {scheme.merge_problem}",
+            "use nf4-double, or another method",
+        )
     if recipe.method == "dora" and recipe.quantization == "nf4-icq":
         raise InputError(
             "quantization",

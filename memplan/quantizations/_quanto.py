@@ -93,7 +93,7 @@ class Quanto(Quantization):
         problem = ""
         if recipe.method == "dora":
             problem = "cannot carry DoRA, which casts the weight to another precision"
-        elif self.bits == 8 and recipe.method in ("adalora", "adaq-lora"):
+        elif self.bits != 2 and recipe.method in ("adalora", "adaq-lora"):
             problem = (
                 f"cannot carry {recipe.method}, which adds in place to what its layers "
                 "return as a view"
@@ -109,7 +109,7 @@ class Quanto(Quantization):
     def notes(self, recipe: Recipe) -> tuple[str, ...]:
         if not recipe.kbit_prepare:
             return ()
-        return ("PEFT's k-bit preparation cannot cast quanto's layers; it is left out.",)
+        return ("PEFT's k-bit preparation cannot cast quanto's layers: left out.",)
 
     def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:
         in_features, out_features = features_of(linear)
@@ -226,7 +226,7 @@ def _give(module: Any, weight: Any) -> None:
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _tiles(size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _tiles(size: torch.Size) -> tuple[int, int, int, int]:
     """The shape of 4-bit codes as torch packs them (`_convert_weight_to_int4pack`)."""
     rows, columns = size
     return rows // 8, columns // (16 * INNER_TILES), 32, INNER_TILES // 2

@@ -122,16 +122,18 @@ REFUSED = [("dora", bits) for bits in WIDTHS] + [("adalora", 8), ("adaq-lora", 8
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_falls_under_every_method_that_it_carries(name: str) -> None:
-    """Widths and checkpointing in turn; a method that is refused really fails."""
+    """Widths and checkpointing in turn."""
     index = NAMES.index(name)
-    bits = 4 if name in ("adalora", "adaq-lora") else WIDTHS[index % 3]
+    bits = 2 if name in ("adalora", "adaq-lora") else WIDTHS[index % 3]
     keys = keys_of(
         name,
         quantization=f"quanto-int{bits}",
         checkpointing=("none", "full")[index % 2],
     )
     recipe = tiny_recipe(**keys)
-    if (name, bits) in REFUSED:
+    if name in ("dora", "relora"):
+        with pytest.raises(InputError, match="quanto-int"):
+            checks.check(architecture("llama"), recipe)
         return
     before = loss_of("llama", adapted("llama", **keys), recipe)
 
@@ -146,7 +148,7 @@ def test_what_cannot_carry_it_is_refused_and_fails_indeed(name: str, bits: int) 
     with pytest.raises(InputError, match=f"quantization: 'quanto-int{bits}'"):
         checks.check(architecture("llama"), tiny_recipe(**keys))
 
-    with pytest.raises((ValueError, RuntimeError), match="dtype|view"):
+    with pytest.raises((ValueError, RuntimeError), match=r"dtype|view"):
         train("llama", keys)
 
 

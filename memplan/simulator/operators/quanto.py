@@ -1,7 +1,7 @@
 """quanto's operators, which are programs of torch's own.
 
 Source: optimum-quanto 0.2.7, `library.qbytes_mm` and `library.quantize`; what 4 and 2
-bits are unpacked into is all that its CUDA kernel allocates (extensions/cuda/unpack.cu).
+bits are unpacked into is all that its CUDA kernel allocates (unpack.cu).
 """
 
 from __future__ import annotations

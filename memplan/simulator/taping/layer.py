@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from memplan import quantizations
+from memplan.errors import InputError
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator import no_initialization, no_warnings
@@ -67,11 +68,37 @@ class Single(nn.Module):
 
 
 def trace_layer(regime: LayerRegime) -> LayerTape:
-    """The tape of a linear layer in a regime."""
+    """The tape of a linear layer in a regime.
+
+    Raises InputError where it has as many tensors as the rank: no tape says so.
+    """
+    if regime.method == "peft":
+        _check_tuner(regime)
     return _Reader(_run(regime, keeps=True), _run(regime, keeps=False)).read()
 
 
-def _recipe(regime: LayerRegime) -> Recipe:
+def _check_tuner(regime: LayerRegime) -> None:
+    """Raises InputError for a tuner of PEFT that no tape can describe."""
+    problem = "the rank is how many tensors a layer makes"
+    try:
+        if _events(regime, 1) == _events(regime, 2):
+            return
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0]
+    raise InputError(
+        "method_options",
+        json.loads(regime.options),
+        f"cannot be estimated: {problem}",
+        "use `memplan simulate`",
+    )
+
+
+def _events(regime: LayerRegime, rank: int) -> int:
+    """How many allocations and frees a step of the layer has at a rank."""
+    return len(_run(regime, keeps=True, rank=rank)[0].events)
+
+
+def _recipe(regime: LayerRegime, rank: int) -> Recipe:
     method = "full" if regime.method == "frozen" else regime.method
     return Recipe(
         trainer="trl" if regime.by_trl else "plain",
@@ -85,15 +112,15 @@ def _recipe(regime: LayerRegime) -> Recipe:
         dropout=0.5 if regime.dropout else 0.0,
         targets=("linear",),
         method_options=json.loads(regime.options) if regime.options else {},
-        rank=RANK,
+        rank=rank,
         batch_size=BATCH,
         sequence_length=LENGTHS[0],
     )
 
 
-def build_layer(regime: LayerRegime) -> nn.Module:
+def build_layer(regime: LayerRegime, rank: int = RANK) -> nn.Module:
     """The model of one layer, quantised and adapted."""
-    recipe = _recipe(regime)
+    recipe = _recipe(regime, rank)
     dtype = getattr(torch, regime.dtype)
     linear: nn.Module = nn.Linear(
         IN_FEATURES, OUT_FEATURES, bias=regime.bias, dtype=dtype, device="meta"
@@ -101,6 +128,7 @@ def build_layer(regime: LayerRegime) -> nn.Module:
     scheme = quantizations.find(regime.quantization)
     if scheme.loading_flag is not None:
         linear = scheme.quantized(linear, recipe)
+        linear.source_cls = nn.Linear  # type: ignore[assignment]
     model = Single(linear)
     if scheme.loading_flag is not None:
         setattr(model, scheme.loading_flag, True)
@@ -110,11 +138,15 @@ def build_layer(regime: LayerRegime) -> nn.Module:
         return model.train()
     if regime.method == "full":
         return model.requires_grad_(True).train()
-    return training_model.install(model, recipe, ("linear",)).train()
+    # Sides this long are not to be filled on the host, where PEFT begins adapters.
+    with torch.device("meta"):
+        return training_model.install(model, recipe, ("linear",)).train()
 
 
-def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
-    recipe = _recipe(regime)
+def _run(
+    regime: LayerRegime, *, keeps: bool, rank: int = RANK
+) -> tuple[EventLog, TapeTracer]:
+    recipe = _recipe(regime, rank)
     log = EventLog()
     tracer = TapeTracer(find_gpu(CARD), log, padded=False)
     device = torch.device("meta")
@@ -124,7 +156,7 @@ def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
         Reroute(tracer, recipe).installed(),
         tracer,
     ):
-        model = build_layer(regime)
+        model = build_layer(regime, rank)
         for tensor in (*model.parameters(), *model.buffers()):
             tracer.ignore(tensor)
         log.begin("1.forward")
