@@ -33,7 +33,7 @@ MODELS = {
 }
 """Grouped heads and a gated MLP; biases, Conv1D and a tied head."""
 
-TUNERS = ("BEFT", "DEFT", "LOHA", "MISS", "OFT")
+TUNERS = ("MISS", "OFT")
 """PEFT's own, beside the methods that have a file."""
 
 BASES = ("none", "nf4-double", "int8", "hqq-4bit", "quanto-int8", "quanto-int4")
@@ -93,9 +93,9 @@ def error_of(case: Case) -> float | None:
     )
     try:
         simulated = simulator.simulate(architecture, recipe, card).peak
+        estimated = estimate(architecture, recipe, card).peak
     except InputError:
         return None
-    estimated = estimate(architecture, recipe, card).peak
     return estimated.allocated_bytes / simulated.allocated_bytes - 1
 
 

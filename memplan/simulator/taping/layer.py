@@ -81,7 +81,7 @@ def _check_tuner(regime: LayerRegime) -> None:
     """Raises InputError for a tuner of PEFT that no tape can describe."""
     problem = "the rank is how many tensors a layer makes"
     try:
-        if _events(regime, 1) == _events(regime, 2):
+        if _events(regime, 2) == _events(regime, 4):
             return
     except RuntimeError as error:
         problem = str(error).partition("\n")[0]
