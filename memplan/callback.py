@@ -21,8 +21,8 @@ import torch
 import transformers
 from torch import nn
 
-from memplan import accuracy, profiler, runs
-from memplan.errors import MemplanError
+from memplan import accuracy, profiler, registry, runs
+from memplan.errors import InputError, MemplanError
 from memplan.footprint import Footprint
 from memplan.profile import Profile
 from memplan.profiler.cpu_meter import CpuMeter
@@ -249,7 +249,11 @@ class MemplanCallback(transformers.TrainerCallback):
             return
         seen.stop()
         self._watch = None
-        recipe = self._recipe or recipe_of(model, args, seen.shape)
+        try:
+            recipe = self._recipe or recipe_of(model, args, seen.shape)
+        except MemplanError as error:
+            logger.warning("memplan cannot compare this training: %s", error)
+            return
         name, config = _named(model, self._name), _config(model)
         self.verdict = _conclude(seen, name, config, recipe, self._out)
         if self.verdict is not None:
@@ -285,15 +289,32 @@ def recipe_of(model: Any, args: Any, shape: tuple[int, int]) -> Recipe:
 
 
 def quantization_of(model: Any) -> str:
-    """The recipe's name for how a model's linear layers are stored."""
+    """The recipe's name for how a model's linear layers are stored.
+
+    Raises InputError for what memplan has no scheme of.
+    """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return "none"
     told = config if isinstance(config, dict) else config.to_dict()
+    kind = getattr(told.get("quant_method"), "value", told.get("quant_method"))
+    if kind == "quanto":
+        return f"quanto-{told['weights']}"
+    if kind not in (None, "bitsandbytes"):
+        raise InputError(
+            "quantization",
+            kind,
+            "is not known to memplan",
+            f"give MemplanCallback a recipe with one of: {', '.join(_schemes())}",
+        )
     if told.get("load_in_8bit"):
         return "int8"
     double = "-double" if told.get("bnb_4bit_use_double_quant") else ""
     return f"{told.get('bnb_4bit_quant_type', 'nf4')}{double}"
+
+
+def _schemes() -> tuple[str, ...]:
+    return registry.names("quantizations")
 
 
 def longest_row(loader: Any, args: Any) -> int:

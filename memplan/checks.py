@@ -30,12 +30,15 @@ def check(
     if recipe.method != "full":
         _check_names(architecture, recipe)
     _check_base(recipe)
+    scheme = quantizations.find(recipe.quantization)
+    scheme.check(recipe, gpu)
     _check_optimizer(recipe)
     return (
         *method_notes,
         *architecture.notes,
         *_position_notes(architecture, recipe),
         *_recipe_notes(recipe),
+        *scheme.notes(recipe),
         *losses.find(recipe.loss).notes(gpu),
         *_card_notes(recipe, gpu),
     )
@@ -177,6 +180,13 @@ def _check_base(recipe: Recipe) -> None:
             "quantization",
             recipe.quantization,
             "is not simulated under DoRA, which copies its layers",
+            "use nf4-double, or another method",
+        )
+    if recipe.method == "relora" and scheme.merge_problem:
+        raise InputError(
+            "quantization",
+            recipe.quantization,
+            f"cannot carry ReLoRA: merging into it {scheme.merge_problem}",
             "use nf4-double, or another method",
         )
     if recipe.method == "dora" and recipe.quantization == "nf4-icq":

@@ -23,7 +23,9 @@ from memplan.callback import (
     warn_of_longest,
     watch,
 )
+from memplan.errors import InputError
 from memplan.footprint import Footprint
+from memplan.profiler import loops
 from memplan.recipe import Recipe
 
 datasets = pytest.importorskip("datasets")
@@ -41,6 +43,12 @@ CONFIG = transformers.LlamaConfig(
     use_cache=False,
 )
 TOKENS = 32
+LORA = peft.LoraConfig(
+    r=4,
+    lora_alpha=8,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    task_type="CAUSAL_LM",
+)
 
 
 def lora_model() -> Any:
@@ -48,13 +56,7 @@ def lora_model() -> Any:
     model = transformers.AutoModelForCausalLM.from_config(
         copy.deepcopy(CONFIG), dtype=torch.bfloat16
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"
-        ),
-    )
+    return peft.get_peft_model(model, copy.deepcopy(LORA))
 
 
 def rows(*lengths: int) -> Any:
@@ -122,6 +124,77 @@ def test_a_trainer_s_first_steps_are_kept_and_are_as_predicted(
         for step in (1, 2)
         for phase in ("forward", "backward", "optimizer")
     ]
+
+
+def quantized_model(folder: Path, *, prepared: bool) -> Any:
+    """LoRA on a checkpoint that transformers quantised to NF4."""
+    dense = lora_model().unload()
+    dense.save_pretrained(folder / "checkpoint")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "checkpoint",
+        dtype=torch.bfloat16,
+        device_map="cpu",
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    model.config.use_cache = False
+    if prepared:
+        model = peft.prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=False
+        )
+    return peft.get_peft_model(model, copy.deepcopy(LORA))
+
+
+def test_a_quantised_base_with_accumulation_is_as_predicted(tmp_path: Path) -> None:
+    looking = MemplanCallback(name="tiny", out=tmp_path / "runs")
+    transformers.Trainer(
+        model=quantized_model(tmp_path, prepared=True),
+        args=arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=rows(*[TOKENS] * 12),
+        callbacks=[looking],
+    ).train()
+
+    verdict = looking.verdict
+    assert verdict is not None
+    recipe = verdict.run.recipe
+    assert (recipe.quantization, recipe.accumulation) == ("nf4", 2)
+    assert recipe.kbit_prepare
+    assert abs(verdict.errors["allocated"]) < 0.01
+
+
+@pytest.mark.parametrize("lengths", [(TOKENS,) * 12, (TOKENS, 20) * 6])
+def test_trl_s_trainer_is_watched_as_any(
+    lengths: tuple[int, ...], tmp_path: Path
+) -> None:
+    """With rows of one length, and of two that are filled up to the longer."""
+    trl = pytest.importorskip("trl")
+    looking = MemplanCallback(name="tiny", out=tmp_path / "runs")
+    keys = arguments(tmp_path).to_dict()
+    told = ("output_dir", "use_cpu", "max_steps", "per_device_train_batch_size")
+    kept = ("report_to", "save_strategy", "logging_strategy", "disable_tqdm")
+    trainer = trl.SFTTrainer(
+        model=lora_model(),
+        args=trl.SFTConfig(
+            **{key: keys[key] for key in (*told, *kept)},
+            optim="adamw_torch",
+            bf16=False,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+        ),
+        train_dataset=rows(*lengths),
+        processing_class=loops._tokenizer(),
+        callbacks=[looking],
+    )
+    trainer.train()
+
+    verdict = looking.verdict
+    assert verdict is not None
+    assert verdict.run.recipe.trainer == "trl"
+    assert verdict.run.recipe.sequence_length == TOKENS
+    assert abs(verdict.errors["allocated"]) < 0.01
 
 
 def test_hooks_are_gone_when_the_first_steps_are_over(tmp_path: Path) -> None:
@@ -228,6 +301,14 @@ def test_quantisation_is_read_off_the_config(told: dict[str, Any], name: str) ->
     model.config.quantization_config = transformers.BitsAndBytesConfig(**told)
 
     assert quantization_of(model) == name
+
+
+def test_a_scheme_that_memplan_does_not_know_is_named() -> None:
+    model = lora_model()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+
+    with pytest.raises(InputError, match="gptq"):
+        quantization_of(model)
 
 
 def test_the_longest_row_is_known_where_rows_are_tokenized(tmp_path: Path) -> None:

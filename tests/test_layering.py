@@ -51,6 +51,7 @@ HEAVY = {
     "bitsandbytes",
     "gradio",
     "hqq",
+    "optimum",
     "huggingface_hub",
     "jinja2",
     "markupsafe",

@@ -33,37 +33,60 @@ def count(architecture: Architecture, **keys: Any) -> int:
 LORA_64 = 159_907_840
 
 
-@pytest.mark.parametrize(
-    ("keys", "trainable"),
-    [
-        ({"method": "lora", "rank": 8}, 19_988_480),
-        ({"method": "lora-plus", "rank": 16}, 39_976_960),
-        ({"method": "relora", "rank": 64}, LORA_64),
-        ({"method": "q-bara", "rank": 64}, LORA_64),
-        ({"method": "q-bara", "rank": 64, "method_options": {"lambda": 8}}, LORA_64),
-        # 224 layers with two numbers more each.
-        ({"method": "ir-qlora", "rank": 64}, 159_908_288),
-        # QA-LoRA's table: 89 million.
-        ({"method": "qa-lora", "rank": 64}, 89_309_184),
-        ({"method": "qa-hira"}, 202_375_168),
-        ({"method": "qa-hira", "method_options": {"lambda1": 8}}, 101_187_584),
-        ({"method": "adalora", "rank": 12}, 29_985_408),
-        ({"method": "adaq-lora", "rank": 64}, 159_922_176),
-        ({"method": "dora", "rank": 64}, 161_267_712),
-        ({"method": "lora-fa", "rank": 64}, 87_031_808),
-        ({"method": "vera", "rank": 256}, 1_417_216),
-        ({"method": "houlsby", "rank": 64}, 33_820_672),
-        ({"method": "houlsby", "rank": 256}, 134_496_256),
-        # q and v alone.
-        ({"rank": 8, "targets": ["q_proj", "v_proj"]}, 4_194_304),
-    ],
-    ids=str,
-)
+VECTORS: list[tuple[dict[str, Any], int]] = [
+    ({"method": "lora", "rank": 8}, 19_988_480),
+    ({"method": "lora-plus", "rank": 16}, 39_976_960),
+    ({"method": "relora", "rank": 64}, LORA_64),
+    ({"method": "q-bara", "rank": 64}, LORA_64),
+    ({"method": "q-bara", "rank": 64, "method_options": {"lambda": 8}}, LORA_64),
+    # 224 layers with two numbers more each.
+    ({"method": "ir-qlora", "rank": 64}, 159_908_288),
+    # QA-LoRA's table: 89 million.
+    ({"method": "qa-lora", "rank": 64}, 89_309_184),
+    ({"method": "qa-hira"}, 202_375_168),
+    ({"method": "qa-hira", "method_options": {"lambda1": 8}}, 101_187_584),
+    ({"method": "adalora", "rank": 12}, 29_985_408),
+    ({"method": "adaq-lora", "rank": 64}, 159_922_176),
+    ({"method": "dora", "rank": 64}, 161_267_712),
+    ({"method": "lora-fa", "rank": 64}, 87_031_808),
+    ({"method": "vera", "rank": 256}, 1_417_216),
+    ({"method": "houlsby", "rank": 64}, 33_820_672),
+    ({"method": "houlsby", "rank": 256}, 134_496_256),
+    # q and v alone.
+    ({"rank": 8, "targets": ["q_proj", "v_proj"]}, 4_194_304),
+    ({"method": "lora", "rank": 64}, LORA_64),
+    ({"method": "rslora", "rank": 64}, LORA_64),
+    ({"method": "adalora", "rank": 64}, 159_922_176),
+    ({"method": "dora", "rank": 8}, 21_348_352),
+    ({"method": "dora", "rank": 16}, 41_336_832),
+]
+"""The papers' counts, and shapes worked by hand: 4 x 4096², 3 x 4096 x 11008."""
+
+
+@pytest.mark.parametrize(("keys", "trainable"), VECTORS, ids=str)
 def test_what_is_trained_of_llama(
     llama: Architecture, keys: dict[str, Any], trainable: int
 ) -> None:
-    """The papers' counts, and shapes worked by hand: 4 x 4096², 3 x 4096 x 11008."""
     assert count(llama, **keys) == trainable
+
+
+@pytest.mark.parametrize(("keys", "trainable"), VECTORS, ids=str)
+def test_as_much_is_trained_once_it_is_installed(
+    llama: Architecture, keys: dict[str, Any], trainable: int
+) -> None:
+    """On the meta device, in one of the 32 equal layers."""
+    from memplan.inspector import inspect as inspect_source
+    from memplan.model_source import ModelSource
+    from memplan.training import model as training_model
+
+    config = dict(llama.config) | {"num_hidden_layers": 1}
+    one = inspect_source(ModelSource(name="one", origin="file", config=config))
+    recipe = Recipe(**keys)
+    model = training_model.adapt(training_model.build(one, recipe), one, recipe)
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    assert 32 * trained == trainable
 
 
 @pytest.mark.parametrize(
@@ -88,7 +111,10 @@ def test_what_is_trained_of_larger_llamas(name: str, lora: int, qa_lora: int) ->
 PATTERNED = ("lora", "dora", "rslora", "lora-plus", "lora-fa", "relora", "ir-qlora")
 
 
-@pytest.mark.parametrize("name", [*PATTERNED, "qa-lora", "q-bara", "houlsby"])
+@pytest.mark.parametrize(
+    "name",
+    [*PATTERNED, "adalora", "adaq-lora", "houlsby", "q-bara", "qa-lora", "vera"],
+)
 def test_more_rank_trains_more(llama: Architecture, name: str) -> None:
     assert count(llama, method=name, rank=16) > count(llama, method=name, rank=8)
 

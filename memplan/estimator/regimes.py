@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from memplan import kernels
+from memplan import kernels, quantizations
 from memplan.estimator.layout import Role
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
@@ -38,6 +38,7 @@ def is_prepared(recipe: Recipe) -> bool:
     """Whether PEFT's k-bit preparation casts what is not quantised to float32."""
     return (
         recipe.quantization != "none"
+        and quantizations.find(recipe.quantization).kbit_casts
         and recipe.kbit_prepare
         and recipe.method != "full"
     )

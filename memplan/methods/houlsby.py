@@ -109,7 +109,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     for path, module in model.named_modules():
         if isinstance(module, Conv1D):
             in_features, out_features = module.nx, module.nf
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or hasattr(module, "source_cls"):
+            # What quantisation puts in its place need not be one to PyTorch.
             in_features, out_features = module.in_features, module.out_features
         else:
             continue

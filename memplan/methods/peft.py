@@ -37,16 +37,18 @@ ANY = ("none", "int8", "nf4", "fp4")
 
 TUNERS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3"), ANY
+        ("BEFT", "BOFT", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LILY"), ANY
     ),
-    **dict.fromkeys(("LILY", "LORA", "MISS", "OFT", "PROMPT_TUNING", "PVERA"), ANY),
+    **dict.fromkeys(("LORA", "MISS", "OFT", "PROMPT_TUNING", "PVERA"), ANY),
     **dict.fromkeys(("P_TUNING", "RANDLORA", "ROAD", "WAVEFT"), ANY),
     **dict.fromkeys(("DEFT", "HRA", "LOHA", "LOKR", "PEANUT"), ("none", "int8")),
+    "C3A": ("none", "nf4", "fp4"),
     **dict.fromkeys(("DELORA", "GLORA", "SUPERTUNING"), ("none",)),
 }
 """Tuners that train, and the schemes (by their first word) that they train on.
 
-Run with PEFT 0.21.2 and bitsandbytes 0.50.2; on others forward or backward raises.
+Run with PEFT 0.21.2 and bitsandbytes 0.50.2; on others forward or backward raises: C3A
+adds in place to what int8 layers return as a view on a card.
 """
 
 OWN_METHODS = {"ADALORA": "adalora", "VERA": "vera"}
@@ -76,11 +78,16 @@ class Peft(Method):
         layer = nn.Linear(
             linear.in_features, linear.out_features, bias=linear.bias, device="meta"
         )
+        # Keys such as IA3's feedforward_modules tell layers by their names.
+        name = linear.path.rpartition(".")[2] or "layer"
         recipe = Recipe(method="peft", rank=rank, method_options=dict(options))
-        config = _config(recipe, ("layer",))
+        config = _config(recipe, (name,))
         config.task_type = None
-        with torch.device("meta"):
-            adapted = peft.get_peft_model(nn.ModuleDict({"layer": layer}), config)
+        try:
+            with torch.device("meta"):
+                adapted = peft.get_peft_model(nn.ModuleDict({name: layer}), config)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise _refused(recipe, error) from error
         return tuple(tuple(p.shape) for p in adapted.parameters() if p.requires_grad)
 
     def check_options(self, recipe: Recipe) -> None:

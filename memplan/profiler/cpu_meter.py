@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memplan.profiler.meter import Meter, Reading
+from memplan.training.wrapped import any_wraps, plain_tensors
 from memplan.units import KIB
 
 
@@ -49,6 +50,8 @@ class StorageTracker(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if types and any_wraps(types):
+            return NotImplemented  # the tensor's own operators come here in turn
         self.see((args, kwargs))
         self._note_peak()
         result = func(*args, **kwargs or {})
@@ -74,7 +77,8 @@ class StorageTracker(TorchDispatchMode):
             if not isinstance(value, torch.Tensor):
                 continue
             if value.device.type == self._device_type:
-                self._take(value.untyped_storage())
+                for tensor in plain_tensors(value):
+                    self._take(tensor.untyped_storage())
 
     def _take(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from memplan.gpu import Gpu
     from memplan.recipe import Recipe
 
 
@@ -25,6 +26,8 @@ class Quantization(ABC):
     """The attribute by which transformers and PEFT know such a model."""
     kbit_casts: ClassVar[bool] = True
     """Whether PEFT's preparation casts what is not quantised to float32."""
+    kbit_prepares: ClassVar[bool] = True
+    """Whether PEFT's preparation can run on it at all."""
     lora_only: ClassVar[bool] = False
     """Whether of PEFT's tuners LoRA alone knows its layers."""
     keeps_input: ClassVar[bool] = False
@@ -38,6 +41,13 @@ class Quantization(ABC):
 
         Empty where weights stay as loaded.
         """
+
+    def check(self, recipe: Recipe, gpu: Gpu | None) -> None:  # noqa: B027
+        """Raises InputError for a recipe or a card that it does not go with."""
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        """Sentences on what a recipe with this scheme may not be thought to do."""
+        return ()
 
     @abstractmethod
     def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:

@@ -53,11 +53,10 @@ class FourBits(Quantization):
         return packed, blocks, CODE_BYTES, OFFSET_BYTES, nested, NESTED_CODE_BYTES
 
     def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:
-        import bitsandbytes as bnb
         import torch
 
         in_features, out_features = features_of(linear)
-        module: nn.Module = bnb.nn.Linear4bit(
+        module: nn.Module = self.layer_class()(
             in_features,
             out_features,
             bias=linear.bias is not None,
@@ -71,6 +70,13 @@ class FourBits(Quantization):
         if linear.bias is not None:
             module.bias = linear.bias
         return module
+
+    def layer_class(self) -> type[nn.Module]:
+        """The class of the module that `quantized` makes."""
+        import bitsandbytes as bnb
+
+        layer: type[nn.Module] = bnb.nn.Linear4bit
+        return layer
 
     def fill(self, module: nn.Module, values: torch.Tensor) -> None:
         import bitsandbytes as bnb

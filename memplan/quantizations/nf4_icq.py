@@ -11,19 +11,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from memplan.quantizations import features_of
 from memplan.quantizations._four_bits import (
     BLOCK_SIZE,
     NESTED_BLOCK_SIZE,
     FourBits,
-    give,
 )
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from memplan.recipe import Recipe
 
 
 class Nf4Icq(FourBits):
@@ -41,26 +37,10 @@ class Nf4Icq(FourBits):
         shifts = blocks, 4 * math.ceil(blocks / NESTED_BLOCK_SIZE)
         return *super().stored_bytes(num_weights, out_features), *shifts
 
-    def quantized(self, linear: nn.Module, recipe: Recipe) -> nn.Module:
-        import torch
-
+    def layer_class(self) -> type[nn.Module]:
         from memplan.quantizations._shifted import ShiftedLinear4bit
 
-        in_features, out_features = features_of(linear)
-        module = ShiftedLinear4bit(
-            in_features,
-            out_features,
-            bias=linear.bias is not None,
-            compute_dtype=getattr(torch, recipe.compute_dtype),
-            compress_statistics=self.double,
-            quant_type=self.quant_type,
-            device="meta",
-        )
-        weight = self._weight(out_features, in_features, linear.weight.dtype)
-        give(module, weight)
-        if linear.bias is not None:
-            module.bias = linear.bias
-        return module
+        return ShiftedLinear4bit
 
     def fill(self, module: nn.Module, values: torch.Tensor) -> None:
         from memplan.quantizations import _shifted

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from memplan import quantizations
 from memplan.recipe import Recipe
 from memplan.simulator.trace import Tracer
+from memplan.training.wrapped import plain_tensors
 
 STATE = "quantization_state"
 """The category of what dequantising needs besides the codes."""
@@ -87,6 +89,8 @@ class Loader:
             self._quantize_4bit(parameter, transposed=_is_transposed(module))
         elif kind == "Int8Params":
             self._quantize_int8(parameter)
+        elif hasattr(parameter, "__tensor_flatten__"):
+            self._quantize_wrapped(parameter, module)
         else:
             self._take(parameter)
 
@@ -135,6 +139,22 @@ class Loader:
         self._take(weight)
         self._log.free(copy)
         self._log.free(full)
+
+    def _quantize_wrapped(self, weight: Any, module: nn.Module) -> None:
+        """The loaded weight, then what the scheme itself does to quantise it."""
+        scheme = quantizations.find(self._recipe.quantization)
+        loaded = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        block = self._allocate(weight.numel() * weight.dtype.itemsize)
+        self._tracer.ignore(loaded)
+        with self._tracer:
+            scheme.fill(module, loaded)
+        codes, *state = plain_tensors(module.weight)
+        self._tracer.label(codes, "weights")
+        for tensor in state:
+            self._tracer.label(tensor, STATE)
+        for tensor in (codes, *state):
+            self._tracer.assign(tensor, self._path)
+        self._log.free(block)
 
     def _take(self, tensor: torch.Tensor, category: str = "weights") -> int:
         """Allocates a tensor that stays, once where it is tied."""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from memplan.recipe import Recipe
 from memplan.simulator import attention
 from memplan.simulator.trace import Tracer
+from memplan.training.wrapped import any_wraps
 
 _MATRIX_PRODUCTS = (
     "addmm",
@@ -436,7 +437,9 @@ def _casting(
 
     @functools.wraps(function)
     def casting(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_autocast_enabled("cuda"):
+        # Tensors that are made of others take the call before autocast does.
+        wraps = any_wraps(map(type, args))
+        if torch.is_autocast_enabled("cuda") and not wraps:
             args, kwargs = cast(args, kwargs)
         return function(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from memplan.gpu import Gpu
 from memplan.simulator.events import EventLog
 from memplan.simulator.meta import MetaKernels
 from memplan.simulator.operators import Call, rule_of
+from memplan.training.wrapped import any_wraps, plain_tensors
 
 _ENGINE_CODE = _engine_run_backward.__code__
 """The frame that calls an operator which autograd's engine itself runs."""
@@ -109,7 +110,8 @@ class Tracer(TorchDispatchMode):
 
     def ignore(self, tensor: torch.Tensor) -> None:
         """Says that a tensor takes no memory of the card."""
-        self._watch(tensor.untyped_storage(), _NO_BLOCK)
+        for plain in plain_tensors(tensor):
+            self._watch(plain.untyped_storage(), _NO_BLOCK)
 
     def deny(self, tensor: torch.Tensor) -> None:
         """Says that a truth value is false."""
@@ -149,8 +151,11 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self._sum = None
+        if types and any_wraps(types):
+            return NotImplemented  # the tensor's own operators come here in turn
         self.operators[func] = self.operators.get(func, 0) + 1
-        if func is torch.ops.aten._local_scalar_dense.default:
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        if asked and args[0].device.type == "meta":
             return self._answer(args[0])
         try:
             rule = self._rules[func]

@@ -125,7 +125,8 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
     quantized = recipe.quantization != "none"
     checkpointed = recipe.checkpointing == "full"
     kwargs = {"use_reentrant": recipe.reentrant}
-    if quantized and recipe.kbit_prepare and recipe.method != "full":
+    prepares = quantizations.find(recipe.quantization).kbit_prepares
+    if quantized and prepares and recipe.kbit_prepare and recipe.method != "full":
         peft.prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=checkpointed,
@@ -232,6 +233,11 @@ def _quantization_config(recipe: Recipe) -> Any:
             bnb_4bit_use_double_quant=bool(double),
             bnb_4bit_compute_dtype=getattr(torch, recipe.compute_dtype),
             **named,
+        )
+    if scheme.loading_flag == "quanto_quantized":
+        return transformers.QuantoConfig(
+            weights=f"int{scheme.bits}",
+            modules_to_not_convert=[*skipped, "lm_head"] if skipped else None,
         )
     return None
 
@@ -429,8 +435,8 @@ def _check_trained_modules(model: nn.Module, recipe: Recipe) -> None:
         if not named:
             known = dict.fromkeys(path.rpartition(".")[2] for path in modules)
             raise UnknownNameError("trained_modules", name, known)
-        weights = [weight for module in named for weight in module.parameters()]
-        if not all(weight.is_floating_point() for weight in weights):
+        inner = [part for module in named for part in module.modules()]
+        if any(hasattr(part, "source_cls") for part in inner):
             raise InputError(
                 "trained_modules",
                 name,

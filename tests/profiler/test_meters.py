@@ -268,3 +268,108 @@ def test_a_trace_is_rows_of_action_address_and_bytes(
         rows = [json.loads(line) for line in opened]
     assert rows == [["segment_alloc", 4096, 2 * MIB], ["alloc", 4096, 512]]
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def nested_stats(retries: int, ooms: int) -> dict[str, Any]:
+    """What the allocator hands to Python (torch 2.13, csrc/cuda/Module.cpp)."""
+
+    def pools(peak: int) -> dict[str, dict[str, int]]:
+        counted = {"current": peak // 2, "peak": peak, "allocated": peak, "freed": 0}
+        return dict.fromkeys(("all", "small_pool", "large_pool"), counted)
+
+    flat = {"current": 0, "peak": 0, "allocated": 0, "freed": 0}
+    return {
+        "num_alloc_retries": retries,
+        "num_ooms": ooms,
+        "num_sync_all_streams": 0,
+        "num_device_alloc": 3,
+        "num_device_free": 0,
+        "max_split_size": -1,
+        "allocation": pools(10),
+        "segment": pools(4),
+        "active": pools(10),
+        "inactive_split": pools(2),
+        "allocated_bytes": pools(70 * MIB),
+        "reserved_bytes": pools(90 * MIB),
+        "active_bytes": pools(75 * MIB),
+        "inactive_split_bytes": pools(5 * MIB),
+        "requested_bytes": pools(65 * MIB),
+        "oversize_allocations": flat,
+        "oversize_segments": flat,
+        "pools": {(0, 1): {"reserved_bytes": pools(2 * MIB)}},
+    }
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own functions over an allocator that is not there."""
+    stats = nested_stats(retries=2, ooms=1)
+    segment = {
+        "device": 0,
+        "address": 4096,
+        "total_size": 20 * MIB,
+        "allocated_size": 16 * MIB,
+        "active_size": 16 * MIB,
+        "requested_size": 15 * MIB,
+        "stream": 0,
+        "segment_type": "large",
+        "segment_pool_id": (0, 0),
+        "is_expandable": False,
+        "frames": [],
+        "blocks": [{"size": 16 * MIB, "state": "active_allocated", "frames": []}],
+    }
+    cuda = torch.cuda.memory
+    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda, "_get_device_index", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name, answer in {
+        "_cuda_memoryStats": stats,
+        "_cuda_memorySnapshot": {"segments": [segment], "device_traces": [[]]},
+    }.items():
+        monkeypatch.setattr(
+            torch._C, name, lambda *args, _answer=answer: _answer, raising=False
+        )
+
+
+def test_torch_s_own_statistics_have_every_counter(allocator: None) -> None:
+    reading = CudaMeter().read()
+
+    assert reading.allocated_bytes == 70 * MIB
+    assert reading.reserved_bytes == 90 * MIB
+    assert reading.end_allocated_bytes == 35 * MIB
+    assert reading.counters == {
+        "requested_bytes": 65 * MIB,
+        "active_bytes": 75 * MIB,
+        "inactive_split_bytes": 5 * MIB,
+        "reserved_end_bytes": 45 * MIB,
+        "retries": 2,
+    }
+
+
+def test_torch_s_own_snapshot_is_counted(
+    allocator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_driver(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * MIB, 1000 * MIB))
+
+    finish = CudaMeter().finish(None)
+
+    assert finish["segments"]["large"] == 1
+    assert finish["segments"]["large_bytes"] == 20 * MIB
+    assert finish["driver"] == {"card_used_bytes": 900 * MIB}
+    assert finish["context_bytes"] is None
+    (note,) = finish["notes"]
+    assert "NVML gave no reading" in note
+
+
+def test_a_device_that_fails_still_gives_what_was_counted(
+    allocator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an illegal access, when nothing synchronises any more."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+
+    assert CudaMeter().read().reserved_bytes == 90 * MIB

@@ -211,6 +211,25 @@ def test_a_killed_run_exits_with_three_and_is_kept(
     assert [run.outcome for run in runs.load(tmp_path / "runs")] == ["killed"]
 
 
+def test_a_full_disk_exits_with_two_and_says_so(
+    child: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child([MOMENT, BEGIN, OK])
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.is_relative_to(tmp_path / "runs"):
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    ran = run_command("profile", model, *OPTIONS, "--out", str(tmp_path / "runs"))
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "No space left on device" in ran.err
+    assert runs.load(tmp_path / "runs") == ()
+
+
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(
     model: str, tmp_path: Path
 ) -> None:

@@ -43,9 +43,11 @@ VIEWS = (
 """Nothing: another description of their input's storage (TensorShape.cpp)."""
 
 IN_PLACE = (
+    "aten::__ior__.Tensor",
     "aten::add_.Tensor",
     "aten::addcdiv_",
     "aten::addcmul_",
+    "aten::bitwise_or_.Tensor",
     "aten::clamp_",
     "aten::copy_",
     "aten::div_.Tensor",
@@ -57,6 +59,7 @@ IN_PLACE = (
     "aten::rsqrt_",
     "aten::scatter_.src",
     "aten::scatter_.value",
+    "aten::sub_.Tensor",
     "aten::uniform_",
     "aten::zero_",
 )
@@ -80,6 +83,7 @@ LISTS = ("aten::_foreach_sqrt",)
 """One output a tensor, all before the first kernel (cuda/ForeachUnaryOp.cu)."""
 
 ELEMENTWISE = (
+    "aten::__lshift__.Scalar",
     "aten::__rshift__.Scalar",
     "aten::_to_copy",
     "aten::abs",
@@ -166,22 +170,27 @@ FILLED = (
 """The output, which is then filled (TensorFactories.cpp; cuda/RangeFactories.cu)."""
 
 REARRANGED = (
+    "aten::_convert_weight_to_int4pack",
     "aten::cat",
     "aten::constant_pad_nd",
     "aten::flip",
     "aten::gather",
     "aten::index_select",
     "aten::repeat",
+    "aten::reshape",
     "aten::scatter.src",
     "aten::scatter_add",
     "aten::select_backward",
     "aten::slice_backward",
     "aten::stack",
+    "aten::to.dtype",
     "aten::tril",
     "aten::triu",
 )
 """The output: inputs are read in place (cuda/Shape.cu, PadNd.cpp, TensorTransformations
-.cpp, cuda/TriangularOps.cu); scatters copy their input into it first."""
+.cpp, cuda/TriangularOps.cu, cuda/int4mm.cu); scatters copy their input into it first;
+what need not be copied or cast is the input itself (TensorShape.cpp,
+TensorConversions.cpp)."""
 
 LOOKED_UP = (
     "aten::embedding",
@@ -209,8 +218,10 @@ scaled_dot_product_flash_attention.h)."""
 QUANTIZED = (
     "bitsandbytes::dequantize_4bit",
     "bitsandbytes::dequantize_blockwise",
+    "quanto::unpack",
 )
-"""The output (bitsandbytes, backends/cuda/ops.py)."""
+"""The output (bitsandbytes, backends/cuda/ops.py; optimum-quanto,
+library/extensions/cuda/unpack.cu)."""
 
 PLAIN = frozenset(
     chain(

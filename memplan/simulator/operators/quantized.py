@@ -44,7 +44,7 @@ def gemm_4bit(call: Call) -> None:
         call.temporary(4 * nested.numel())
     num_weights = math.prod(shape)
     call.temporary(num_weights * inputs.element_size())
-    dtype = _product_dtype(inputs)
+    dtype = product_dtype(inputs)
     if dtype != inputs.dtype:
         call.temporary(tensor_bytes(inputs, dtype.itemsize))
         call.temporary(num_weights * dtype.itemsize)
@@ -104,7 +104,7 @@ def _int8_product(
     call.give((out, *others) if others else out)
 
 
-def _product_dtype(inputs: torch.Tensor) -> torch.dtype:
+def product_dtype(inputs: torch.Tensor) -> torch.dtype:
     """The precision in which torch multiplies: autocast's where it is on.
 
     Autocast stays on inside of an operator whose kernel is Python.

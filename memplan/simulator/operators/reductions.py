@@ -48,6 +48,15 @@ def full_reduction(call: Call) -> None:
             call.temporary(num_bytes)
 
 
+@rule("aten::amax", "aten::amin")
+def extremes(call: Call) -> None:
+    """The output, then the buffer of parts."""
+    values = call.args[0]
+    call.outputs()
+    for num_bytes in scratch_bytes(values, _reduced_dims(call, values), call.gpu):
+        call.temporary(num_bytes)
+
+
 @rule("aten::argmax", "aten::argmin")
 def extreme_position(call: Call) -> None:
     """The output, then the buffer of pairs: a float32 and its position."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from memplan import quantizations
+from memplan.errors import InputError
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
 from memplan.simulator import no_initialization, no_warnings
@@ -33,8 +34,8 @@ from memplan.track import LayerTrack
 from memplan.training import model as training_model
 from memplan.training.step import autocast
 
-STEP = 64
-"""What inputs and outputs are multiples of: a 4-bit block's weights."""
+STEP = 128
+"""What inputs and outputs are multiples of: the weights that share a scale, at most."""
 
 _IN, _OUT, RANK = 61, 67, 59
 """Primes that tell inputs, outputs and rank; the rank divides both sides, as methods
@@ -88,7 +89,12 @@ class Single(nn.Module):
 
 
 def trace_layer(regime: LayerRegime) -> LayerTape:
-    """The tape of a linear layer in a regime."""
+    """The tape of a linear layer in a regime.
+
+    Raises InputError where it has as many tensors as the rank: no tape says so.
+    """
+    if regime.method == "peft":
+        _check_tuner(regime)
     return _reader(regime).read()
 
 
@@ -103,7 +109,28 @@ def _reader(regime: LayerRegime) -> _Reader:
     return _Reader(_run(regime, keeps=True), _run(regime, keeps=False))
 
 
-def recipe_of(regime: LayerRegime) -> Recipe:
+def _check_tuner(regime: LayerRegime) -> None:
+    """Raises InputError for a tuner of PEFT that no tape can describe."""
+    problem = "the rank is how many tensors a layer makes"
+    try:
+        if _events(regime, 2) == _events(regime, 4):
+            return
+    except RuntimeError as error:
+        problem = str(error).partition("\n")[0]
+    raise InputError(
+        "method_options",
+        json.loads(regime.options),
+        f"cannot be estimated: {problem}",
+        "use `memplan simulate`",
+    )
+
+
+def _events(regime: LayerRegime, rank: int) -> int:
+    """How many allocations and frees a step of the layer has at a rank."""
+    return len(_run(regime, keeps=True, rank=rank)[0].events)
+
+
+def recipe_of(regime: LayerRegime, rank: int = RANK) -> Recipe:
     """The recipe under which a layer runs in a regime."""
     method = "full" if regime.method == "frozen" else regime.method
     return Recipe(
@@ -118,20 +145,22 @@ def recipe_of(regime: LayerRegime) -> Recipe:
         dropout=0.5 if regime.dropout else 0.0,
         targets=("linear",),
         method_options=json.loads(regime.options) if regime.options else {},
-        rank=RANK,
+        rank=rank,
         batch_size=BATCH,
         sequence_length=LENGTHS[0],
     )
 
 
 def build_layer(
-    regime: LayerRegime, loaded: Callable[[nn.Module], None] = lambda model: None
+    regime: LayerRegime,
+    rank: int = RANK,
+    loaded: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
     """The model of one layer, quantised and adapted.
 
     `loaded` is told of it before it is adapted.
     """
-    recipe = recipe_of(regime)
+    recipe = recipe_of(regime, rank)
     dtype = getattr(torch, regime.dtype)
     linear: nn.Module = nn.Linear(
         IN_FEATURES, OUT_FEATURES, bias=regime.bias, dtype=dtype, device="meta"
@@ -139,6 +168,7 @@ def build_layer(
     scheme = quantizations.find(regime.quantization)
     if scheme.loading_flag is not None:
         linear = scheme.quantized(linear, recipe)
+        linear.source_cls = nn.Linear  # type: ignore[assignment]
     model = Single(linear)
     if scheme.loading_flag is not None:
         setattr(model, scheme.loading_flag, True)
@@ -149,11 +179,15 @@ def build_layer(
         return model.train()
     if regime.method == "full":
         return model.requires_grad_(True).train()
-    return training_model.install(model, recipe, ("linear",)).train()
+    # Sides this long are not to be filled on the host, where PEFT begins adapters.
+    with torch.device("meta"):
+        return training_model.install(model, recipe, ("linear",)).train()
 
 
-def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
-    recipe = recipe_of(regime)
+def _run(
+    regime: LayerRegime, *, keeps: bool, rank: int = RANK
+) -> tuple[EventLog, TapeTracer]:
+    recipe = recipe_of(regime, rank)
     log = EventLog()
     tracer = TapeTracer(find_gpu(CARD), log, padded=False)
     device = torch.device("meta")
@@ -172,7 +206,7 @@ def _run(regime: LayerRegime, *, keeps: bool) -> tuple[EventLog, TapeTracer]:
             ignore(model)
             tracer.mark("loaded", 0, None)
 
-        model = build_layer(regime, loaded)
+        model = build_layer(regime, rank, loaded)
         tracer.mark("adapted", 0, None)
         ignore(model)
         log.begin("1.forward")
