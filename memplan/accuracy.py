@@ -7,7 +7,6 @@ cards, methods or quantisations. Runs on a CPU are compared with the simulation 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from memplan.life import NO_LIFE
 from memplan.model_source import ModelSource, catalog_names
 from memplan.profile import Profile
 from memplan.recipe import Recipe
+from memplan.residuals import Residual
 from memplan.simulation import Simulation
-from memplan.store import profiles_path, read_json, write_json
+from memplan.store import profiles_path, write_json
 
 READINGS = ("allocated", "reserved", "device")
 """What is compared, each for itself; memplan's README says what they are."""
@@ -150,7 +150,27 @@ class Group:
 
 def predictors(versions: Mapping[str, str]) -> dict[str, Predictor]:
     """The ways to predict a run, by name; `versions` tell kept results apart."""
-    return {"simulate": lambda case: simulated(case, versions).footprint}
+    return {
+        "simulate": lambda case: simulated(case, versions).footprint,
+        "estimate": estimated,
+    }
+
+
+def predictors_of(run: Profile, versions: Mapping[str, str]) -> dict[str, Predictor]:
+    """The ways to predict that run: the estimate is of cards alone."""
+    ways = predictors(versions)
+    return ways if run.gpu else {"simulate": ways["simulate"]}
+
+
+def estimated(case: Case) -> Footprint:
+    """The estimate of a case on a card."""
+    from memplan import estimator
+    from memplan.estimator import inference
+
+    if case.inference is not None:
+        parts = case.architecture, case.recipe, case.inference, case.gpu
+        return inference.run(*parts).footprint
+    return estimator.estimate(case.architecture, case.recipe, case.gpu)
 
 
 def simulated(case: Case, versions: Mapping[str, str]) -> Simulation:
@@ -305,13 +325,16 @@ class Explained:
 def explain(
     run: Profile, way: str, predict: Predictor, progress: Callable[[str], None]
 ) -> Explained:
-    """Where a run differs from a prediction; reasons are looked for beyond 1 %.
+    """Where a run differs from a prediction.
+
+    Where it is more than 1 % and the simulation's, reasons are looked for.
 
     Raises InputError for a run that has nothing to compare.
     """
     comparison = compare(run, way, predict)
     assert run.footprint is not None
-    beyond = abs(comparison.errors.get("allocated", 0.0)) > UNEXPLAINED
+    off = abs(comparison.errors.get("allocated", 0.0)) > UNEXPLAINED
+    beyond = off and way == "simulate"
     return Explained(
         comparison=comparison,
         differences=differences(run.footprint, predict(case_of(run))),
@@ -390,88 +413,26 @@ def explanations(
     return sorted(found, key=lambda each: abs(each.remaining_bytes))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Residual:
-    """What is kept of a comparison: its errors, and what it may be compared with."""
-
-    id: str
-    way: str
-    device: str
-    compute_capability: tuple[int, int]
-    method: str
-    quantization: str
-    errors: Mapping[str, float]
-
-    @classmethod
-    def of(cls, comparison: Comparison) -> Residual | None:
-        """What is kept of a comparison; None for runs without a card or readings."""
-        run = comparison.run
-        if run.gpu is None or not comparison.errors:
-            return None
-        return cls(
-            id=run.id,
-            way=comparison.way,
-            device=run.device,
-            compute_capability=run.gpu.compute_capability,
-            method=run.recipe.method,
-            quantization=run.recipe.quantization,
-            errors={name: round(e, 6) for name, e in comparison.errors.items()},
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Range:
-    """The errors of comparable runs in one reading."""
-
-    least: float
-    most: float
-    count: int
-
-
-def comparable_errors(
-    recipe: Recipe, gpu: Gpu | None, way: str = "simulate"
-) -> dict[str, Range]:
-    """By reading: how far that way's predictions were from comparable runs.
-
-    Comparable are runs of the same method and quantisation on cards of the same compute
-    capability. Nothing of this enters a prediction.
-    """
-    if gpu is None:
-        return {}
-    found: dict[str, list[float]] = {}
-    asked = (way, gpu.compute_capability, recipe.method, recipe.quantization)
-    for one in kept_residuals():
-        kind = (one.way, one.compute_capability, one.method, one.quantization)
-        if kind == asked:
-            for reading, error in one.errors.items():
-                found.setdefault(reading, []).append(error)
-    return {
-        reading: Range(least=min(errors), most=max(errors), count=len(errors))
-        for reading, errors in found.items()
-    }
-
-
-def residuals_file() -> Path:
-    """The file of the residuals that memplan carries."""
-    return profiles_path() / "residuals.json"
-
-
-@functools.cache
-def kept_residuals() -> tuple[Residual, ...]:
-    """The residuals that memplan carries, as `memplan validate` wrote them."""
-    file = residuals_file()
-    if not file.is_file():
-        return ()
-    return tuple(
-        Residual(**row | {"compute_capability": tuple(row["compute_capability"])})
-        for row in read_json(file)
-    )
-
-
 def write_residuals(comparisons: Iterable[Comparison], file: Path) -> None:
     """Writes what is kept of comparisons into a file."""
-    kept = filter(None, map(Residual.of, comparisons))
+    kept = filter(None, map(_residual, comparisons))
     write_json(file, [dataclasses.asdict(one) for one in kept])
+
+
+def _residual(comparison: Comparison) -> Residual | None:
+    """What is kept of a comparison; None for runs without a card or readings."""
+    run = comparison.run
+    if run.gpu is None or not comparison.errors:
+        return None
+    return Residual(
+        id=run.id,
+        way=comparison.way,
+        device=run.device,
+        compute_capability=run.gpu.compute_capability,
+        method=run.recipe.method,
+        quantization=run.recipe.quantization,
+        errors={name: round(e, 6) for name, e in comparison.errors.items()},
+    )
 
 
 def _steps_of(footprint: Footprint) -> set[str]:

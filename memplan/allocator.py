@@ -495,7 +495,8 @@ class CachingAllocator:
     `capacity_bytes` is what the driver gives this process before it refuses (None: no
     limit). `device_bytes` is the card's whole memory (totalGlobalMem), which
     `per_process_memory_fraction` and `throw_on_cudamalloc_oom` are relative to.
-    `descending` says whether the driver places a new segment below the earlier ones.
+    `descending` says whether the driver places a new segment below the earlier ones,
+    `by_pool` whether statistics are kept of each pool, and not of both alone.
     Raises InputError if settings need `device_bytes` and it is None.
     """
 
@@ -506,6 +507,7 @@ class CachingAllocator:
         *,
         device_bytes: int | None = None,
         descending: bool = True,
+        by_pool: bool = True,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self._descending = descending
@@ -530,8 +532,9 @@ class CachingAllocator:
         self._next_address = FIRST_ADDRESS
         self._heads: dict[int, Block] = {}
         self._all = _PoolStatistics()
-        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all)
-        self._large = _SizeClass("large", settings.large_segment_size_bytes, self._all)
+        large_bytes = settings.large_segment_size_bytes
+        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all, by_pool)
+        self._large = _SizeClass("large", large_bytes, self._all, by_pool)
         self._oversize_allocations = _Statistic()
         self._oversize_segments = _Statistic()
         self.num_alloc_retries = 0
@@ -1128,12 +1131,14 @@ _STATISTIC_NAMES = {
 class _SizeClass:
     """The small or the large pool of all streams (BlockPool)."""
 
-    def __init__(self, name: str, page_bytes: int, all_: _PoolStatistics) -> None:
+    def __init__(
+        self, name: str, page_bytes: int, all_: _PoolStatistics, by_pool: bool
+    ) -> None:
         self.name = name
         self.page_bytes = page_bytes
         self.num_searches = 0
         self.own = _PoolStatistics()
-        self.statistics = (all_, self.own)
+        self.statistics = (all_, self.own) if by_pool else (all_,)
         self.pools: dict[int, _Pool] = {}
 
     def add_pool(self, stream: int) -> _Pool:

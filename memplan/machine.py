@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,11 @@ def keep(reading: Reading) -> Path:
 
 def find(card: str) -> Reading | None:
     """The newest reading of a card under the installed torch; None without one."""
+    of_card = [one for one in _readings() if _key(one.card) == _key(card)]
+    if not of_card:
+        return None
     torch_version = _torch_version()
-    found = [
-        reading
-        for reading in _readings()
-        if _key(reading.card) == _key(card) and reading.torch == torch_version
-    ]
+    found = [reading for reading in of_card if reading.torch == torch_version]
     return max(found, key=lambda reading: reading.measured_at, default=None)
 
 
@@ -104,6 +102,8 @@ def _folder() -> Path | None:
 
 
 def _torch_version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -248,6 +247,8 @@ def write(path: Path, lines: Mapping[str, str]) -> None:
 @functools.cache
 def _versions_digest() -> str:
     """A digest of what tapes depend on: memplan's own files, and its libraries."""
+    from importlib import metadata
+
     told = [results.code_digest()]
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -30,6 +30,9 @@ REPORT = Path(__file__).parent.parent / "reports" / "accuracy_estimate.md"
 SHOWN_FROM = 0.01
 """The error from which a row is listed by itself."""
 
+DEVICE_SHOWN_FROM = 0.02
+"""The same of device bytes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
@@ -89,10 +92,11 @@ def judged_grid() -> tuple[list[Judged], int]:
 
 def summary(judged: Iterable[Judged], key: Callable[[Judged], float]) -> str:
     errors = sorted(abs(key(one)) for one in judged)
-    within = sum(error <= 0.03 for error in errors)
+    within = [sum(error <= limit for error in errors) for limit in (0.03, 0.08)]
     return (
         f"{len(errors)} | {statistics.median(errors):.2%} | "
-        f"{errors[int(0.9 * len(errors))]:.2%} | {errors[-1]:.2%} | {within}"
+        f"{errors[int(0.9 * len(errors))]:.2%} | {errors[-1]:.2%} | "
+        f"{within[0]} | {within[1]}"
     )
 
 
@@ -108,21 +112,23 @@ def report() -> str:
         "shapes and precisions. Errors are relative to the simulated peak of the "
         "training steps.",
         "",
-        "| reading | rows | median | 90 % within | worst | within 3 % |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| reading | rows | median | 90 % within | worst | within 3 % | 8 % |",
+        "|---|--:|--:|--:|--:|--:|--:|",
         f"| allocated | {summary(judged, lambda one: one.allocated)} |",
         f"| device | {summary(judged, lambda one: one.device)} |",
         "",
         f"{refused} rows adapt stacked experts, which the estimate refuses.",
         "",
-        "Reserved bytes are estimated as the largest allocated peak so far. What the "
-        "caching allocator holds beyond it is not in the closed form yet, so device "
-        "bytes come out low; `memplan simulate` has it.",
+        "Allocated bytes are the closed form's. Device bytes add what the caching "
+        "allocator's rules make of its blocks, replayed one by one, and the context. "
+        "Where fragments decide, a block that comes one place earlier may save or cost "
+        "a whole segment: the rows that are off by more than "
+        f"{DEVICE_SHOWN_FROM:.0%} are listed.",
         "",
         "## By model, allocated",
         "",
-        "| model | rows | median | 90 % within | worst | within 3 % |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| model | rows | median | 90 % within | worst | within 3 % | 8 % |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for model in dict.fromkeys(one.row["model"] for one in judged):
         own = [one for one in judged if one.row["model"] == model]
@@ -131,17 +137,22 @@ def report() -> str:
         "",
         f"## Rows that are off by more than {SHOWN_FROM:.0%}, worst first",
         "",
-        "| error | model | card | recipe |",
-        "|--:|---|---|---|",
+        *_listed(judged, "allocated"),
     ]
-    for one in sorted(judged, key=lambda one: -abs(one.allocated)):
-        if abs(one.allocated) > SHOWN_FROM:
+    lines += ["", "## Device bytes, likewise", "", *_listed(judged, "device")]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(judged: list[Judged], reading: str) -> list[str]:
+    least = {"allocated": SHOWN_FROM, "device": DEVICE_SHOWN_FROM}[reading]
+    lines = ["| error | model | card | recipe |", "|--:|---|---|---|"]
+    for one in sorted(judged, key=lambda one: -abs(getattr(one, reading))):
+        error = getattr(one, reading)
+        if abs(error) > least:
             row = one.row
             keys = ", ".join(f"{key} {value}" for key, value in row["recipe"].items())
-            lines.append(
-                f"| {one.allocated:+.2%} | {row['model']} | {row['gpu']} | {keys} |"
-            )
-    return "\n".join(lines) + "\n"
+            lines.append(f"| {error:+.2%} | {row['model']} | {row['gpu']} | {keys} |")
+    return lines
 
 
 if __name__ == "__main__":

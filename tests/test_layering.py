@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("life",),
     ("inference",),
     ("profile", "plan", "simulation", "validation", "kernels", "cublas", "values"),
+    ("residuals",),
     ("tape",),
     ("track",),
     ("runs", "grid"),

@@ -12,12 +12,11 @@ import pytest
 from command_line import run as run_command
 from measured_runs import CARD, measured, moment
 
-from memplan import accuracy, runs
+from memplan import accuracy, residuals, runs
 from memplan.accuracy import (
     Case,
     Comparison,
     Difference,
-    comparable_errors,
     compare,
     differences,
     explanations,
@@ -212,16 +211,16 @@ def test_errors_of_comparable_runs_are_shown_and_others_are_not(
 ) -> None:
     file = tmp_path / "residuals.json"
     accuracy.write_residuals(runs_of_kinds(), file)
-    monkeypatch.setattr(accuracy, "residuals_file", lambda: file)
-    accuracy.kept_residuals.cache_clear()
+    monkeypatch.setattr(residuals, "residuals_file", lambda: file)
+    residuals.kept_residuals.cache_clear()
     try:
-        found = comparable_errors(Recipe(), CARD)
-        other = comparable_errors(Recipe(), find_gpu("T4"))
-        none = comparable_errors(Recipe(), None)
+        found = residuals.comparable_errors(Recipe(), CARD)
+        other = residuals.comparable_errors(Recipe(), find_gpu("T4"))
+        none = residuals.comparable_errors(Recipe(), None)
     finally:
-        accuracy.kept_residuals.cache_clear()
+        residuals.kept_residuals.cache_clear()
 
-    assert found["allocated"] == accuracy.Range(least=0.05, most=0.05, count=4)
+    assert found["allocated"] == residuals.Range(least=0.05, most=0.05, count=4)
     assert (other, none) == ({}, {})
 
 
@@ -335,7 +334,7 @@ def test_readme_shows_the_errors_that_validate_found() -> None:
 
 def test_the_residuals_are_those_of_the_report() -> None:
     counts: dict[str, int] = {}
-    for row in json.loads(accuracy.residuals_file().read_text()):
+    for row in json.loads(residuals.residuals_file().read_text()):
         for reading in row["errors"]:
             counts[reading] = counts.get(reading, 0) + 1
     told = [line.split("|")[1:8] for line in table_of(REPORT.read_text())[2:]]
@@ -346,13 +345,13 @@ def test_the_residuals_are_those_of_the_report() -> None:
 
 @pytest.mark.slow
 def test_committed_report_is_what_validate_finds(tmp_path: Path) -> None:
-    report, residuals = tmp_path / "accuracy.md", tmp_path / "residuals.json"
+    report, kept = tmp_path / "accuracy.md", tmp_path / "residuals.json"
     figure = tmp_path / "accuracy.svg"
     ran: Any = run_command(
         *("validate", "--markdown", str(report), "--figure", str(figure)),
-        *("--residuals", str(residuals)),
+        *("--residuals", str(kept)),
     )
 
     assert ran.code == 0
     assert report.read_text() == REPORT.read_text()
-    assert residuals.read_text() == accuracy.residuals_file().read_text()
+    assert kept.read_text() == residuals.residuals_file().read_text()

@@ -34,7 +34,8 @@ from memplan.lengths import Lengths
 from memplan.recipe import Recipe
 from memplan.reporters import estimate as reporter
 from memplan.reporters import json
-from memplan.reporters.footprint import report_notes
+from memplan.reporters.footprint import report_notes, report_residuals
+from memplan.residuals import comparable_errors
 
 
 @click.command(cls=RecipeCommand)
@@ -75,6 +76,7 @@ def command(
     room = None if gpu is None else limits(estimate, gpu)
     footprint = estimate.footprint
     listed = terms(estimate)
+    errors = comparable_errors(recipe, gpu, "estimate")
     if as_json:
         json.print_object(
             json.footprint_object(
@@ -89,6 +91,7 @@ def command(
                 "margin_bytes": footprint.margin_bytes,
                 "limits": None if room is None else room.to_json(),
                 "terms": [term.to_json() for term in listed],
+                "residuals": json.residuals(errors),
             }
             | ({} if found is None else {"lengths": lengths_json(found, made)})
         )
@@ -97,6 +100,8 @@ def command(
         if explain:
             reporter.report_equations(listed)
         _report_rest(architecture, recipe, room, found, made)
+        if gpu is not None:
+            report_residuals(recipe, gpu, errors)
         report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
     return 1 if footprint.fits is False else 0
 

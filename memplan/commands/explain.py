@@ -29,7 +29,7 @@ def command(name: str, folder: str, as_json: bool) -> None:
     RUN is a run's file, or the name of one: see `memplan runs`.
     """
     run = find_run(name, Path(folder))
-    ways = accuracy.predictors(json.versions())
+    ways = accuracy.predictors_of(run, json.versions())
     title = f"Explaining {run.id}"
     with terminal.progress(title, quiet=as_json) as told, without_compiler():
         found = [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import click
 
@@ -383,10 +382,22 @@ def _help(field: dataclasses.Field[Any]) -> str:
     return text
 
 
-def without_compiler() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
     """Keeps torch's compiler from being loaded for kernels that nothing here calls.
 
     bitsandbytes compiles two of the CPU's as it is imported; torch leaves that out
     where it is told to (torch._dynamo.eval_frame, `_optimize`).
     """
-    return mock.patch.dict(os.environ, {"TORCHDYNAMO_DISABLE": "1"})
+    before = os.environ.get(_COMPILER)
+    os.environ[_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_COMPILER]
+        else:
+            os.environ[_COMPILER] = before
+
+
+_COMPILER = "TORCHDYNAMO_DISABLE"

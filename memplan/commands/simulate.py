@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from memplan import accuracy, results
+from memplan import results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.commands.options import (
@@ -36,6 +36,7 @@ from memplan.inference import Inference
 from memplan.life import NO_LIFE, Life, LifeOptions
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, json, terminal, timeline
+from memplan.residuals import comparable_errors
 from memplan.simulation import Sample, Simulation
 
 
@@ -102,7 +103,7 @@ def command(  # noqa: PLR0913 - each is an option
             | {
                 "host": dict(simulation.host),
                 "residuals": json.residuals(
-                    {} if inference else accuracy.comparable_errors(recipe, gpu)
+                    {} if inference else comparable_errors(recipe, gpu)
                 ),
             }
         )
@@ -111,7 +112,7 @@ def command(  # noqa: PLR0913 - each is an option
             architecture, recipe, gpu, simulation, top, inference
         )
         if gpu is not None and inference is None:
-            errors = accuracy.comparable_errors(recipe, gpu)
+            errors = comparable_errors(recipe, gpu)
             footprint.report_residuals(recipe, gpu, errors)
     return 1 if simulation.footprint.fits is False else 0
 

@@ -76,10 +76,10 @@ def compare_all(
     """Every run by every way, and the reasons of those that cannot be compared."""
     comparisons: list[Comparison] = []
     left_out: dict[str, str] = {}
-    ways = accuracy.predictors(json.versions())
+    versions = json.versions()
     with terminal.progress("Validating", quiet=quiet) as told, without_compiler():
         for number, run in enumerate(found, start=1):
-            for way, predict in ways.items():
+            for way, predict in accuracy.predictors_of(run, versions).items():
                 told(f"{number} of {len(found)}, {run.id}")
                 try:
                     comparisons.append(accuracy.compare(run, way, predict))

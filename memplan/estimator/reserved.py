@@ -73,7 +73,9 @@ class Card:
     """The allocator, large blocks in its pool and small ones as a sum."""
 
     def __init__(self, capacity_bytes: int | None) -> None:
-        self.allocator = CachingAllocator(AllocatorSettings(), capacity_bytes)
+        self.allocator = CachingAllocator(
+            AllocatorSettings(), capacity_bytes, by_pool=False
+        )
         self.small = 0
         self.small_peak = 0
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from memplan import accuracy, estimator, tapes
-from memplan.accuracy import Range
+from memplan import estimator, tapes
 from memplan.architecture import Architecture
 from memplan.errors import InputError
 from memplan.estimator import Estimate
@@ -23,10 +22,14 @@ from memplan.report.exports import Export, exports
 from memplan.report.frontier import Reach, frontier
 from memplan.report.levers import Levers, levers
 from memplan.report.modules import Cell, cells
+from memplan.residuals import Range, comparable_errors
 from memplan.simulation import LiveBlock, Simulation
 
 LARGEST = 12
 """Tensors that are listed."""
+
+_WAYS = {"estimate": "estimate"}
+"""By kind of report: whose errors stand beside it, the simulation's where none is."""
 
 SOURCES = {
     "estimate": "estimated in closed form",
@@ -63,7 +66,7 @@ class Report:
     """The largest tensors at the peak, of a simulation."""
     exports: tuple[Export, ...]
     errors: Mapping[str, Range]
-    """How far simulations were from comparable measured runs, by reading."""
+    """How far such predictions were from comparable measured runs, by reading."""
     plan: Plan | None = None
     measured: Profile | None = None
     predicted: Footprint | None = None
@@ -189,7 +192,7 @@ def _report(
         reach=frontier(estimate, gpu) if estimate and whole else (),
         cells=cells(estimate) if estimate and whole else (),
         exports=exports(model, recipe, gpu, footprint, kind) if whole else (),
-        errors=accuracy.comparable_errors(recipe, gpu),
+        errors=comparable_errors(recipe, gpu, _WAYS.get(kind, "simulate")),
         notes=(*(gpu.assumptions if gpu else ()), *footprint.notes),
         versions=subject.versions,
         **{"largest": (), **parts},

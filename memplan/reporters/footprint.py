@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from memplan.accuracy import Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
 from memplan.reporters import terminal
+from memplan.residuals import Range
 from memplan.simulation import Simulation
 from memplan.units import format_bytes, format_count
 

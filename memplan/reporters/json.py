@@ -6,19 +6,22 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from memplan import __version__
-from memplan.accuracy import Explained, Range
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
 from memplan.inference import Inference
-from memplan.machine import Reading
-from memplan.profile import Profile
 from memplan.recipe import Recipe
+from memplan.residuals import Range
+
+if TYPE_CHECKING:
+    from memplan.accuracy import Explained
+    from memplan.machine import Reading
+    from memplan.profile import Profile
 
 SCHEMA = 1
 """The version of the printed object's schema."""

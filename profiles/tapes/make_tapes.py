@@ -77,6 +77,9 @@ def layer_recipes() -> Iterator[dict[str, Any]]:
             "trainer": trainer,
             "targets": "mlp",
         }
+    for quantization in registry.names("quantizations"):
+        yield {"quantization": quantization}
+        yield {"quantization": quantization, "checkpointing": "full"}
 
 
 def inference_recipes() -> Iterator[dict[str, Any]]:

@@ -52,6 +52,7 @@ BODY = Regime(
 LOSS = LossRegime(
     loss="full",
     dtype="bfloat16",
+    hidden_dtype="bfloat16",
     autocast="none",
     float32_outputs=False,
     trained=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -179,8 +180,9 @@ def build_layer(
         return model.train()
     if regime.method == "full":
         return model.requires_grad_(True).train()
-    # Sides this long are not to be filled on the host, where PEFT begins adapters.
-    with torch.device("meta"):
+    # PEFT begins adapters on the host; what other tuners fill there takes minutes.
+    host = torch.device("meta") if regime.method == "peft" else nullcontext()
+    with host:
         return training_model.install(model, recipe, ("linear",)).train()
 
 

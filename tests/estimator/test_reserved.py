@@ -1,0 +1,134 @@
+"""What the estimate's blocks make the allocator reserve, beside the simulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from memplan import estimator, tapes, track
+from memplan.catalog import inspect
+from memplan.errors import MissingExtraError
+from memplan.estimator.reserved import fit_into, reserved
+from memplan.footprint import Footprint
+from memplan.gpu import find_gpu
+from memplan.recipe import Recipe
+
+LLAMA = "meta-llama/Llama-3.2-1B"
+CARD = find_gpu("RTX 3060")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora": {"sequence_length": 1024},
+    "qlora": {"quantization": "nf4-double", "checkpointing": "full", "batch_size": 4},
+    "int8": {"quantization": "int8", "checkpointing": "full"},
+    "full": {"method": "full", "checkpointing": "full", "optimizer": "adamw-fused"},
+}
+
+
+def footprint(**keys: Any) -> Footprint:
+    return estimator.estimate(inspect(LLAMA), Recipe(**keys), CARD)
+
+
+@pytest.mark.parametrize("keys", RECIPES.values(), ids=RECIPES)
+def test_every_moment_reserves_what_the_simulation_does(keys: dict[str, Any]) -> None:
+    from memplan.simulator import simulate
+
+    simulated = simulate(inspect(LLAMA), Recipe(**keys), CARD)
+
+    for ours, theirs in zip(footprint(**keys).moments, simulated.moments, strict=True):
+        assert ours.label == theirs.label
+        assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.02)
+
+
+def test_the_cache_is_what_is_reserved_beyond_what_is_allocated() -> None:
+    found = footprint(quantization="nf4-double")
+
+    assert found.breakdown["cache"] > 0
+    assert (
+        found.notes
+        == estimator.run(
+            inspect(LLAMA), Recipe(quantization="nf4-double"), CARD
+        ).footprint.notes
+    )
+
+
+def test_reserved_bytes_never_fall_and_hold_what_is_allocated() -> None:
+    moments = footprint(method="full", accumulation=4).moments
+
+    assert all(m.reserved_bytes >= m.allocated_bytes for m in moments)
+    told = [moment.reserved_bytes for moment in moments]
+    assert told == sorted(told)
+
+
+def test_near_its_limit_a_card_gives_the_cache_back() -> None:
+    recipe = Recipe(quantization="nf4-double", checkpointing="full")
+    parts = estimator.run(inspect(LLAMA), recipe, CARD).parts
+    unlimited, _ = fit_into(parts, None)
+    least = max(unlimited.by_moment.values())
+    tight = least - 32 * 2**20
+
+    limited, missing = fit_into(parts, tight)
+
+    assert missing == 0
+    assert limited.failed_moment is None
+    assert max(limited.by_moment.values()) <= tight
+
+
+def test_a_card_that_does_not_suffice_names_the_moment_and_what_is_missing() -> None:
+    recipe = Recipe(sequence_length=4096)
+    found = estimator.estimate(inspect(LLAMA), recipe, find_gpu("6GB"))
+
+    assert found.fits is False
+    assert found.failed_moment == "1.forward"
+    assert found.missing_bytes > 0
+    card = find_gpu("6GB")
+    enough = dataclasses.replace(
+        card, capacity_bytes=card.capacity_bytes + found.missing_bytes
+    )
+    assert estimator.estimate(inspect(LLAMA), recipe, enough).fits
+
+
+def test_what_is_offloaded_keeps_the_closed_form_and_says_so() -> None:
+    found = footprint(checkpointing="full", offload=True)
+
+    assert any("offloaded is not replayed" in note for note in found.notes)
+    assert found.peak.reserved_bytes >= found.peak.allocated_bytes
+
+
+def test_without_torch_what_no_track_is_known_of_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = estimator.run(inspect(LLAMA), Recipe(), CARD).parts
+
+    def missing(*args: object) -> None:
+        raise MissingExtraError("tracing", "torch", "torch")
+
+    monkeypatch.setattr(tapes, "model_track", missing)
+
+    found = estimator.estimate(inspect(LLAMA), Recipe(), CARD)
+
+    assert any("tracing one needs torch" in note for note in found.notes)
+    assert found.moments[-1].label == "2.optimizer"
+    assert parts.architecture.name == LLAMA
+
+
+def test_small_blocks_come_from_segments_of_their_own() -> None:
+    recipe = Recipe(sequence_length=8)
+    parts = estimator.run(inspect(LLAMA), recipe, CARD).parts
+
+    found = reserved(parts, 1, 8, None)
+
+    assert 0 < found.small_bytes < max(found.by_moment.values())
+    assert found.small_bytes % (2 * 2**20) == 0
+
+
+def test_a_track_is_the_same_after_it_was_kept() -> None:
+    parts = estimator.run(inspect(LLAMA), Recipe(), CARD).parts
+    made = tapes.model_track(parts.architecture, parts.regime)
+
+    kept = track.model_track(json.loads(json.dumps(track.to_json(made))))
+
+    assert track.to_json(kept) == track.to_json(made)
+    assert kept.blocks[0].foreign == made.blocks[0].foreign
