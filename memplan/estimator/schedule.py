@@ -24,6 +24,7 @@ from memplan.estimator.gradients import (
     embedding_scratch_bytes,
     gradient_bytes,
     is_tied,
+    is_transposed,
     layer_gradient_bytes,
 )
 from memplan.estimator.layout import Group, Layout, layout_of
@@ -294,13 +295,16 @@ class _Stepper:
         forward: list[Candidate] = []
         backward: list[Candidate] = []
         points = forward
+        # A loss that works on parts sums the head's gradient up as it goes.
+        by_parts = not is_transposed(self._parts.recipe)
+        head = self._head_gradients() if by_parts else 0
 
         def note(activations: Any, logits: Any = 0) -> None:
             points.append(
                 Candidate(
                     activations=activations - logits,
                     logits=logits,
-                    gradients=gradients,
+                    gradients=gradients + head * (points is backward),
                 )
             )
 

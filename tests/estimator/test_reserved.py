@@ -63,11 +63,10 @@ def test_reserved_bytes_never_fall_and_hold_what_is_allocated() -> None:
 
 
 def test_near_its_limit_a_card_gives_the_cache_back() -> None:
-    recipe = Recipe(quantization="nf4-double", checkpointing="full")
+    recipe = Recipe(method="full", checkpointing="full")
     parts = estimator.run(inspect(LLAMA), recipe, CARD).parts
     unlimited, _ = fit_into(parts, None)
-    least = max(unlimited.by_moment.values())
-    tight = least - 32 * 2**20
+    tight = max(unlimited.by_moment.values()) - 256 * 2**20
 
     limited, missing = fit_into(parts, tight)
 
