@@ -14,6 +14,9 @@ from memplan.tape import Heads, LayerRegime, LossRegime, Regime
 _HALF = {"float16": "bfloat16"}
 """Half precisions, whose tensors and kernels are of the same sizes."""
 
+TURING = "T4"
+"""The card that stands for those before Ampere, whose kernels do not know bfloat16."""
+
 _SAME_TAPE = {
     "rslora": "lora",
     "lora-plus": "lora",
@@ -74,7 +77,10 @@ def model_regime(
 ) -> Regime:
     """The regime of the model's body."""
     attention, masked = _attention(recipe, gpu, heads)
-    same = {} if "eager" in (attention, masked) else _same_sizes(recipe)
+    card = _card_class(gpu) if "efficient" in (attention, masked) else ""
+    # Eager attention adds a mask in its precision; Turing's kernels know one half.
+    alike = "eager" not in (attention, masked) and card != TURING
+    same = _same_sizes(recipe) if alike else {}
     dtype, autocast = dtype_outside(recipe), recipe.autocast
     return Regime(
         dtype=same.get(dtype, dtype),
@@ -86,14 +92,14 @@ def model_regime(
         windowed=window is not None and recipe.sequence_length > window,
         trained=recipe.method == "full",
         checkpointed=recipe.checkpointing == "full",
-        card=_card_class(gpu) if "efficient" in (attention, masked) else "",
+        card=card,
     )
 
 
 def _card_class(gpu: Gpu) -> str:
     """A card whose memory-efficient kernels work on tiles as those of `gpu` do."""
     if gpu.compute_capability < (8, 0):
-        return "T4"
+        return TURING
     large = gpu.compute_capability in ((8, 0), (9, 0), (10, 0))
     return "A100-SXM4-80GB" if large else ""
 

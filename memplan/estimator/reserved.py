@@ -200,6 +200,7 @@ class _Replay:
         self._card = Card(capacity)
         self._values = Sizes({"": 1, "B": batch, "T": length})
         self._by_moment: dict[str, int] = {}
+        self._moment = "load"
         bodies, loss = tracks_of(parts)
         filled = {id(part): self._fill(part) for part in parts.groups}
         programs = {
@@ -226,12 +227,11 @@ class _Replay:
         """Blocks that go with the output that the caller holds."""
 
     def run(self) -> Reserved:
-        label = "load"
         try:
             for label in self._run():
                 self._by_moment[label] = self._card.reserved
         except OutOfMemory:
-            return Reserved(by_moment=self._by_moment, failed_moment=label)
+            return Reserved(by_moment=self._by_moment, failed_moment=self._moment)
         return Reserved(
             by_moment=self._by_moment, small_bytes=self._card.small_reserved
         )
@@ -240,6 +240,7 @@ class _Replay:
         """The labels of moments, each when it has ended."""
         held = self._load()
         yield "load"
+        self._moment = "adapt"
         self._adapt(held)
         yield "adapt"
         micro_batches = min(self._recipe.accumulation, MICRO_BATCHES)
@@ -247,8 +248,10 @@ class _Replay:
             for number in range(micro_batches):
                 yield from self._micro_batch(step, first=number == 0)
             if self._recipe.max_grad_norm is not None:
+                self._moment = f"{step}.clip"
                 self._card.give(self._card.take(self._parts.clip))
                 yield f"{step}.clip"
+            self._moment = f"{step}.optimizer"
             self._optimize(first=step == 1)
             yield f"{step}.optimizer"
 
@@ -390,6 +393,7 @@ class _Replay:
         return tuple(holes)
 
     def _micro_batch(self, step: int, *, first: bool) -> Iterator[str]:
+        self._moment = f"{step}.forward"
         keep = self._recipe.keep_outputs
         if keep == "backward":
             self._drop_left()
@@ -406,6 +410,7 @@ class _Replay:
         if keep == "step":
             self._drop_left()
         yield f"{step}.forward"
+        self._moment = f"{step}.backward"
         self._workspace("backward")
         run.backward()
         if self._recipe.method == "full":

@@ -33,7 +33,7 @@ CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
 """Flash attention, cuDNN's, and the memory-efficient one."""
 
 FEW = "Tesla T4"
-"""The card of which only the most usual recipes are traced."""
+"""The card of which only the most usual recipes are traced, in the half it knows."""
 
 LAYER_MODELS = (
     "meta-llama/Llama-2-7b-hf",
@@ -142,10 +142,13 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
-        if card.name == FEW and not keys.keys() <= {"checkpointing", "quantization"}:
-            continue
+        told = keys
+        if card.name == FEW:
+            if not keys.keys() <= {"checkpointing", "quantization"}:
+                continue
+            told = keys | {"dtype": "float16", "compute_dtype": "float16"}
         with contextlib.suppress(InputError):
-            recipe = Recipe(**keys, sequence_length=length)
+            recipe = Recipe(**told, sequence_length=length)
             tracks_of(parts_of(architecture, recipe, card))
     name = tapes.name_of(architecture)
     for kind in tapes.KINDS:
