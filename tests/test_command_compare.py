@@ -121,4 +121,4 @@ def test_bad_input_is_one_clear_sentence(
     assert (ran.code, ran.out) == (2, "")
     assert len(ran.err.strip().splitlines()) == 1
     for word in words:
-        assert (recipes[0] if word == "'A'" else word) in ran.err
+        assert (Path(recipes[0]).name if word == "'A'" else word) in ran.err

@@ -16,8 +16,12 @@ import pytest
 from browser import WIDTHS, chromium, opened
 from command_line import run, run_process
 
-from memplan.footprint import CATEGORIES
+from memplan import estimator
+from memplan.catalog import inspect
+from memplan.footprint import CATEGORIES, Footprint
+from memplan.gpu import find_gpu
 from memplan.plan import Plan
+from memplan.recipe import Recipe
 from memplan.reporters.palette import DARK, LIGHT
 from memplan.reporters.schema import output_schema
 from memplan.units import format_bytes
@@ -69,6 +73,12 @@ def test_verdict_and_numbers_are_the_estimate_s(llama: dict[str, Any]) -> None:
     assert numbers_in(html_of(llama)) == llama["numbers"]
 
 
+def closed_form(**keys: Any) -> Footprint:
+    """What levers and frontier go by: allocated bytes, without the cache."""
+    recipe = Recipe(quantization="nf4-double", **keys)
+    return estimator.run(inspect(LLAMA[0]), recipe, find_gpu(CARD[1])).footprint
+
+
 def test_levers_save_what_estimates_differ_by(llama: dict[str, Any]) -> None:
     levers = llama["numbers"]["levers"]
     saved = [one["saved_bytes"] for one in levers]
@@ -79,12 +89,11 @@ def test_levers_save_what_estimates_differ_by(llama: dict[str, Any]) -> None:
     for one in levers:
         if not one["changes"].keys() <= {"optimizer", "sequence_length"}:
             continue
-        changed = [f"--{key.replace('_', '-')}" for key in one["changes"]]
-        asked = [*changed, *map(str, one["changes"].values())]
-        ran = run("estimate", *LLAMA, *CARD, *asked, "--json")
-        after = json.loads(ran.out)["life_peak"]["reserved_bytes"]
-        before = llama["numbers"]["life_peak"]["reserved_bytes"]
-        assert before - after == one["saved_bytes"]
+        before, after = closed_form(), closed_form(**one["changes"])
+        assert (
+            before.life_peak.reserved_bytes - after.life_peak.reserved_bytes
+            == (one["saved_bytes"])
+        )
         checked += 1
     assert checked >= 2
 
@@ -92,13 +101,12 @@ def test_levers_save_what_estimates_differ_by(llama: dict[str, Any]) -> None:
 def test_the_frontier_is_where_estimates_stop_fitting(llama: dict[str, Any]) -> None:
     for one in llama["numbers"]["frontier"][:3]:
         batch, length = one["batch_size"], one["sequence_length"]
-        asked = (*LLAMA, *CARD, "--batch", str(batch), "--seq")
-        if length is None:
-            assert run("estimate", *asked, "64").code == 1
-            continue
-        assert run("estimate", *asked, str(length)).code == 0
-        if not one["ends"]:
-            assert run("estimate", *asked, str(length + 64)).code == 1
+        tried = length or 64
+        found = closed_form(batch_size=batch, sequence_length=tried)
+        assert found.fits is (length is not None)
+        if length is not None and not one["ends"]:
+            longer = closed_form(batch_size=batch, sequence_length=length + 64)
+            assert longer.fits is False
 
 
 def test_the_file_needs_nothing_else(llama: dict[str, Any]) -> None:
@@ -237,7 +245,7 @@ def test_runs_are_set_beside_predictions(tmp_path: Path) -> None:
     runs.save(next(one for one in known if one.id == T4_RUN), tmp_path / "runs")
     told = reported(tmp_path / "out", "--validate", str(tmp_path / "runs"))
 
-    assert [one["id"] for one in told["numbers"]["runs"]] == [T4_RUN]
+    assert {one["id"] for one in told["numbers"]["runs"]} == {T4_RUN}
     assert told["verdict"].startswith("Of 1 measured runs, 1 have")
 
 

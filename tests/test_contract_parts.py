@@ -20,6 +20,7 @@ from memplan.catalog import inspect
 from memplan.errors import UnknownNameError
 from memplan.fields import Kind
 from memplan.recipe import Recipe
+from memplan.training.wrapped import plain_tensors
 
 FOLDERS = {
     "methods": methods.Method,
@@ -230,7 +231,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 def sizes_of(module: nn.Module) -> list[int]:
     held = itertools.chain(tensors_of(module.weight), module.buffers())
-    return sorted(tensor.nbytes for tensor in held)
+    return sorted(plain.nbytes for each in held for plain in plain_tensors(each))
 
 
 QUANTIZED = [n for n in QUANTIZATIONS if n != "none" and not n.startswith("hqq")]
@@ -244,7 +245,7 @@ def test_meta_module_stores_what_the_scheme_says(
 ) -> None:
     in_features, out_features = shape
     scheme = quantizations.find(name)
-    linear = nn.Linear(in_features, out_features, device="meta")
+    linear = nn.Linear(in_features, out_features, device="meta", dtype=torch.bfloat16)
 
     module = scheme.quantized(linear, Recipe(quantization=name))
 

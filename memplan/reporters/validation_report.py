@@ -61,13 +61,15 @@ def document(
 
 def _verdict(comparisons: Sequence[Comparison]) -> str:
     errors = [
-        abs(one.errors["allocated"]) for one in comparisons if "allocated" in one.errors
+        abs(one.errors["allocated"])
+        for one in comparisons
+        if one.way == "simulate" and "allocated" in one.errors
     ]
     if not errors:
         return "No run that was measured can be compared."
     within = sum(error <= 0.01 for error in errors)
     return (
-        f"Of {len(errors)} measured runs, {within} have their allocated peak predicted "
+        f"Of {len(errors)} measured runs, {within} have their allocated peak simulated "
         f"within 1 %; the worst is off by {max(errors):.2%}."
     )
 

@@ -104,11 +104,13 @@ def test_the_page_opens_with_the_command_s_verdict(
         ("Rank", "rank", "64"),
         ("Batch size", "batch_size", "4"),
         ("Sequence length", "sequence_length", "1024"),
-        ("Method", "method", "dora"),
-        ("Quantization", "quantization", "none"),
-        ("Checkpointing", "checkpointing", "none"),
-        ("Optimizer", "optimizer", "paged-adamw-8bit"),
-        ("Trainer", "trainer", "trl"),
+        pytest.param("Method", "method", "dora", marks=pytest.mark.slow),
+        pytest.param("Quantization", "quantization", "none", marks=pytest.mark.slow),
+        pytest.param("Checkpointing", "checkpointing", "none", marks=pytest.mark.slow),
+        pytest.param(
+            "Optimizer", "optimizer", "paged-adamw-8bit", marks=pytest.mark.slow
+        ),
+        pytest.param("Trainer", "trainer", "trl", marks=pytest.mark.slow),
     ],
 )
 def test_a_control_changes_the_verdict_by_keyboard(
@@ -129,6 +131,7 @@ def test_a_size_is_taken_for_a_card(watched: Watched) -> None:
     verdict.wait_for()
 
 
+@pytest.mark.slow
 def test_another_model_is_chosen(watched: Watched) -> None:
     choose(watched.page, "Model", "distilbert/distilgpt2")
 
