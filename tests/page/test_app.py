@@ -157,8 +157,11 @@ def test_a_plan_sets_the_controls(watched: Watched) -> None:
 
     page.wait_for_selector("#told p", timeout=60_000)
     assert "leads" in page.locator("#told").inner_text()
-    page.wait_for_timeout(1000)
-    assert page.locator(VERDICT).inner_text().startswith("Fits on")
+    page.wait_for_function(
+        "where => document.querySelector(where)?.innerText.startsWith('Fits on')",
+        arg=VERDICT,
+        timeout=40_000,
+    )
     assert watched.errors == []
 
 
