@@ -14,7 +14,7 @@ PACKAGE = Path(memplan.__file__).parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("units", "registry", "store", "notebook"),
+    ("units", "registry", "store", "notebook", "loading"),
     ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("life",),

@@ -120,9 +120,8 @@ def _with_reserved(moments: Iterable[Moment], found: Reserved) -> Iterator[Momen
     """Moments with replayed bytes, which are at least what is allocated."""
     least = 0
     for moment in moments:
-        told = found.by_moment[moment.label]
-        least = max(least, moment.allocated_bytes, told)
-        yield dataclasses.replace(moment, reserved_bytes=max(told, least))
+        least = max(least, moment.allocated_bytes, found.by_moment[moment.label])
+        yield dataclasses.replace(moment, reserved_bytes=least)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +95,8 @@ class Walk:
         if any(tape.sticks for tape in tapes.values()) and not self._recomputing:
             self.stuck = self.stuck + size
             return
-        holders = [
-            hole
-            for hole, tape in tapes.items()
-            if tape.holds_input and hole not in self._done
-        ]
-        if holders and not passing:
-            last = min(holders)
+        last = last_holder(tapes, self._done)
+        if last is not None and not passing:
             self._held[last] = self._held.get(last, 0) + size
             return
         self.live = self.live - size
@@ -122,6 +118,15 @@ class Walk:
         if not self._accumulates:
             self.live = self.live + gradient
         self._done.add(number)
+
+
+def last_holder(tapes: Mapping[int, LayerTape], done: Container[int]) -> int | None:
+    """Of holes that are given one input, the one whose backward drops it.
+
+    Backward runs from the last hole to the first; those that are `done` hold nothing.
+    """
+    holding = (n for n, tape in tapes.items() if tape.holds_input and n not in done)
+    return min(holding, default=None)
 
 
 def layer_bytes(  # noqa: PLR0913 - each says how the layer runs

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.allocator import SMALL_LIMIT_BYTES
+from memplan.estimator.activations import last_holder
 from memplan.estimator.polynomials import Sizes, rounded, value
 from memplan.tape import LOSS, LayerTape
 from memplan.track import INPUT, BlockTrack, Events, Foreign, LayerTrack, ModelTrack
@@ -232,13 +233,9 @@ class _Compiler:
         if any(tape.sticks for tape in tapes.values()) and not recomputing:
             self._move(STICK, number)
             return
-        holders = [
-            hole
-            for hole, tape in tapes.items()
-            if tape.holds_input and hole not in self._done
-        ]
-        if holders and not passing:
-            self._held.setdefault(min(holders), []).append(number)
+        last = last_holder(tapes, self._done)
+        if last is not None and not passing:
+            self._held.setdefault(last, []).append(number)
             return
         self._give(number)
 

@@ -51,6 +51,7 @@ from memplan.estimator.regimes import is_prepared, layer_regime, loss_regime
 from memplan.estimator.schedule import GroupPart, Parts
 from memplan.estimator.trained import in_order
 from memplan.estimator.weights import DTYPE_BYTES
+from memplan.loading import HALF_BYTES, natural_key, warmup_bytes
 from memplan.tape import Regime
 from memplan.track import LossTrack, ModelTrack
 
@@ -62,8 +63,6 @@ MICRO_BATCHES = 2
 
 MISSING_PRECISION = 16
 """What is missing is found to one part in so many."""
-
-HALF_BYTES = 2
 
 BLOCK_SIZE = 64
 """Weights that share a 4-bit code's scale (`functional.quantize_4bit`)."""
@@ -273,10 +272,9 @@ class _Replay:
             else item * t.numbers
             for t in tensors
         )
-        limit = max(0, self._parts.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
-        card.give(card.take(min(stored, limit)))
+        card.give(card.take(warmup_bytes(stored, self._parts.gpu.capacity_bytes)))
         held = []
-        for tensor in sorted(tensors, key=lambda t: _natural_key(t.name)):
+        for tensor in sorted(tensors, key=lambda t: natural_key(t.name)):
             if tensor.role is None:
                 held.append((tensor.numbers, card.take(item * tensor.numbers)))
             else:
@@ -593,15 +591,3 @@ def _num_copies(loading_flag: str | None, linear: Linear) -> int:
     if loading_flag == "is_loaded_in_4bit":
         return 2 if linear.transposed else 1
     return 2 if loading_flag == "is_loaded_in_8bit" else 0
-
-
-def _natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Numbers by value and before words, words by alphabet (`dot_natural_key`)."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in name.split(".")
-    ]
-
-
-WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
-"""What the warm-up block leaves of the card (`caching_allocator_warmup`)."""

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from memplan import quantizations
+from memplan.loading import HALF_BYTES, natural_key, warmup_bytes
 from memplan.recipe import Recipe
 from memplan.simulator.trace import Tracer
 from memplan.training.wrapped import plain_tensors
@@ -27,15 +28,11 @@ STATE = "quantization_state"
 STATE_BUFFERS = ("tau_", "group_")
 """Begin the names of buffers of quantised layers: shifts, scales and zero points."""
 
-HALF_BYTES = 2
 CODE_SCRATCH_BYTES = 4
 """Two scalars that normalise a 4-bit code (`get_4bit_type`)."""
 
 DYNAMIC_MAP_BYTES = 256 * 4
 """The map of 8-bit values, kept by the process (`functional.name2qmap`)."""
-
-WARMUP_KEPT_FREE_BYTES = int(1.2 * 2**30)
-"""What the warm-up block leaves of the card (`caching_allocator_warmup`)."""
 
 
 class Loader:
@@ -66,7 +63,9 @@ class Loader:
                 self._take(tensor)
             return
         self._warm_up(model)
-        for name, parameter in sorted(_parameters(model), key=_natural_key):
+        for name, parameter in sorted(
+            _parameters(model), key=lambda named: natural_key(named[0])
+        ):
             self._path = name.rpartition(".")[0]
             self._take_parameter(parameter, model.get_submodule(self._path))
         for name, buffer in model.named_buffers():
@@ -79,8 +78,8 @@ class Loader:
             self._copies(name) * parameter.numel() * parameter.element_size()
             for name, parameter in model.named_parameters()
         )
-        limit = max(0, self._tracer.gpu.capacity_bytes - WARMUP_KEPT_FREE_BYTES)
-        block = self._allocate(min(num_bytes, limit) // HALF_BYTES * HALF_BYTES)
+        whole = warmup_bytes(num_bytes, self._tracer.gpu.capacity_bytes)
+        block = self._allocate(whole // HALF_BYTES * HALF_BYTES)
         self._log.free(block)
 
     def _take_parameter(self, parameter: Any, module: nn.Module) -> None:
@@ -189,11 +188,3 @@ def _in_module_order(
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter under each of its names."""
     return model.named_parameters(remove_duplicate=False)
-
-
-def _natural_key(named: tuple[str, nn.Parameter]) -> list[tuple[int, int, str]]:
-    """Numbers by value and before words, words by alphabet (`dot_natural_key`)."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part)
-        for part in named[0].split(".")
-    ]
