@@ -43,6 +43,11 @@ class Regime:
     checkpointed: bool
     card: str = ""
     """A card whose kernels' scratch it is; empty for that of most cards."""
+    outputs: tuple[tuple[str, str], ...] = ()
+    """Precisions of what linear layers return that are neither, by paths in a layer:
+    adapters may promote what they add to."""
+    experts: str = ""
+    """The targets that adapt stacked experts too, and the adapters' precision."""
 
     @property
     def key(self) -> str:
@@ -50,8 +55,11 @@ class Regime:
         flags = ("casts_output", "padded", "windowed", "trained", "checkpointed")
         on = [flag for flag in flags if getattr(self, flag)]
         kernels = f"{self.attention}/{self.masked_attention}"
+        outputs = [f"{path}={dtype}" for path, dtype in self.outputs]
+        if self.experts:
+            outputs.append(f"experts:{self.experts}")
         told = (self.dtype, self.autocast, kernels, *on, self.card.replace(" ", "-"))
-        return " ".join(told).rstrip()
+        return " ".join(word for word in (*told, *outputs) if word)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +77,12 @@ class Mark:
     """A hole's forward or backward, or where the input of holes is dropped."""
 
     kind: str
-    """`F`, `B`, or `drop`."""
-    holes: tuple[int, ...]
+    """`F`, `B`, or `drop`; in the backward of a linear layer, `x` where it is done with
+    its input and `y` where it is done with its output's gradient."""
+    holes: tuple[int, ...] = ()
     """Numbers of the holes: one, or all that share the dropped input."""
     size: Polynomial = dataclasses.field(default_factory=dict)
-    """Bytes that are dropped."""
+    """Bytes that are dropped: by `B`, the output's gradient, if it is the hole's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +167,9 @@ class ModelTape:
     """From the last layer's output to its gradient, head and loss being a hole."""
     after: Stretch
     """From the gradient of the first layer's input to the end of backward."""
+    carried: Polynomial = dataclasses.field(default_factory=dict)
+    """What each layer hands on and the next one releases, as eager attention's scores,
+    so that there is one more of it than layers give back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,10 +180,8 @@ class LayerTape:
     """Its net includes the output and what is kept for backward."""
     passing: Stretch
     """The forward of a checkpoint's first run, which keeps nothing for backward."""
-    backward: Stretch
-    """Its net includes the input's gradient, and lacks what forward kept."""
-    releasing: Stretch
-    """The backward where the input is held for it alone, and released on the way."""
+    backward: Tape
+    """It makes the input's gradient, and releases what forward kept."""
     cached: Polynomial
     """What a checkpoint's first forward leaves to autocast's cache of weights."""
     holds_input: bool
@@ -179,6 +189,9 @@ class LayerTape:
     sticks: bool
     """Whether the input is kept as long as the graph, checkpointed or not, as
     bitsandbytes' int8 product keeps it on its context."""
+    stuck: Polynomial
+    """What else is kept as long as the graph: an int8 product's own input."""
+    output_dtype: str
     kept: tuple[Polynomial, ...]
     """Blocks that are kept from forward to backward."""
 
@@ -221,6 +234,11 @@ class LossTape:
     """The most that is live in forward."""
     backward_peak: tuple[int, ...]
     """The most that is live in backward."""
+    head_peak: tuple[int, ...]
+    """The most that is live from the moment that the head has its gradient, which is
+    left out; nothing where it has none."""
+    head_in_forward: bool
+    """Whether it has it already in forward, as Liger's loss makes it."""
     logits: tuple[int, ...]
     """What of the larger of these two is logits."""
     holds_input: bool
@@ -279,6 +297,7 @@ def model_tape(data: Mapping[str, Any]) -> ModelTape:
         blocks=tuple(_block(block) for block in data["blocks"]),
         tail=_tape(data["tail"]),
         after=_stretch(data["after"]),
+        carried=data["carried"],
     )
 
 
@@ -287,11 +306,12 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
     return LayerTape(
         forward=_stretch(data["forward"]),
         passing=_stretch(data["passing"]),
-        backward=_stretch(data["backward"]),
-        releasing=_stretch(data["releasing"]),
+        backward=_tape(data["backward"]),
         cached=data["cached"],
         holds_input=data["holds_input"],
         sticks=data["sticks"],
+        stuck=data["stuck"],
+        output_dtype=data["output_dtype"],
         kept=tuple(data["kept"]),
     )
 
@@ -313,8 +333,10 @@ def cache_tape(data: Mapping[str, Any]) -> CacheTape:
 
 def loss_tape(data: Mapping[str, Any]) -> LossTape:
     """The tape that `to_json` wrote."""
-    numbers = {key: tuple(v) for key, v in data.items() if isinstance(v, list)}
-    return LossTape(**numbers, holds_input=data["holds_input"])
+    told: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in data.items()
+    }
+    return LossTape(**told)
 
 
 def _block(data: Mapping[str, Any]) -> BlockTape:

@@ -7,9 +7,10 @@ it was made and by its size.
 
 Events are numbers and lists: k >= 0 makes block k; -1 - k releases it; ["F", h, i, o]
 and ["B", h, i, o] are the forward and backward of hole h, which takes block i and makes
-block o (-1: no block of this track); ["D", k, holes] drops block k, which went into
-holes; ["<", j] releases a block of the j-th kind of foreign ones; ["?", k] releases
-block k if it is still there; "x" releases what a hole was given.
+block o (-1: no block of this track), and with a fifth item lets go of block i; ["D", k,
+holes] drops block k, which went into holes; ["<", j] releases a block of the j-th kind
+of foreign ones; ["?", k] releases block k if it is still there; in a hole, "x" releases
+what its forward was given and "y" what its backward was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ Events = tuple[Any, ...]
 
 INPUT = "x"
 """Releases what a hole was given."""
+
+OUTPUT_GRADIENT = "y"
+"""Releases the gradient that a hole's backward was given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,16 +11,17 @@ import pytest
 from memplan import tape, tapes
 from memplan.catalog import catalog_models
 from memplan.errors import MissingExtraError
-from memplan.tape import LayerRegime, LayerTape, Stretch
+from memplan.tape import LayerRegime, LayerTape, Mark, Stretch
 
 TAPE = LayerTape(
     forward=Stretch(net={"No": 2}, peaks=({"No": 2},)),
     passing=Stretch(net={"No": 2}, peaks=({"No": 2},)),
-    backward=Stretch(net={"Ni": 2}, peaks=({"Ni": 2},)),
-    releasing=Stretch(net={}, peaks=({"Ni": 2},)),
+    backward=(Stretch(net={"Ni": 2}, peaks=({"Ni": 2},)), Mark(kind="x")),
     cached={},
     holds_input=True,
     sticks=False,
+    stuck={},
+    output_dtype="bfloat16",
     kept=({"Nr": 4},),
 )
 

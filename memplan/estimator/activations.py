@@ -73,8 +73,10 @@ class Walk:
                 self.stretch(made, hole.sizes)
                 if passing:
                     self.cached = self.cached + value(hole.tape.cached, hole.sizes)
+                if not self._recomputing:
+                    self.stuck = self.stuck + value(hole.tape.stuck, hole.sizes)
             else:
-                self._back(item.holes[0])
+                self._back(item)
 
     def stretch(self, stretch: Stretch, sizes: Sizes) -> None:
         live = self.live
@@ -101,18 +103,20 @@ class Walk:
             return
         self.live = self.live - size
 
-    def _back(self, number: int) -> None:
-        """A hole's backward, which may release the input that it holds."""
+    def _back(self, mark: Mark) -> None:
+        """A hole's backward, which may release what it is given and what it holds."""
+        (number,) = mark.holes
         hole = self._holes[number]
-        held = self._held.pop(number, None)
-        if held is not None:
-            self.stretch(hole.tape.releasing, hole.sizes)
-            within = value(hole.tape.backward.net, hole.sizes) - value(
-                hole.tape.releasing.net, hole.sizes
-            )
-            self.live = self.live - (held - within)
-        else:
-            self.stretch(hole.tape.backward, hole.sizes)
+        owned = {
+            "x": self._held.pop(number, 0),
+            "y": value(mark.size, self._sizes),
+        }
+        for item in hole.tape.backward:
+            if isinstance(item, Stretch):
+                self.stretch(item, hole.sizes)
+            else:
+                self.live = self.live - owned.pop(item.kind)
+        self.live = self.live - sum(owned.values())
         gradient = hole.gradient_bytes
         self.peak = larger(self.peak, self.live + gradient)
         if not self._accumulates:
@@ -154,4 +158,39 @@ def layer_bytes(  # noqa: PLR0913 - each says how the layer runs
         backward_peak=walk.peak,
         stuck=stuck,
         cached=walk.cached,
+    )
+
+
+def first_layer_bytes(  # noqa: PLR0913 - each says how the layer runs
+    tape: BlockTape,
+    passing: BlockTape,
+    holes: tuple[Hole, ...],
+    sizes: Sizes,
+    adapted: Container[int],
+    *,
+    accumulates: bool,
+) -> LayerBytes:
+    """Bytes of a first layer whose input needs no gradient.
+
+    Up to its first adapted hole it keeps nothing, as in a checkpoint's first forward,
+    which `passing` is the tape of. Its backward ends there, below other layers' peaks.
+    """
+    walk = Walk(sizes, holes, accumulates=accumulates)
+    walk.run(passing.forward[: first_reached(passing.forward, adapted)], passing=True)
+    walk.run(tape.forward[first_reached(tape.forward, adapted) :])
+    return LayerBytes(
+        kept=walk.live,
+        forward_peak=walk.peak,
+        backward_peak=walk.live,
+        stuck=walk.stuck,
+        cached=walk.cached,
+    )
+
+
+def first_reached(tape: Tape, adapted: Container[int]) -> int:
+    """Where the first adapted hole of a forward is."""
+    return next(
+        at
+        for at, item in enumerate(tape)
+        if isinstance(item, Mark) and item.kind == "F" and item.holes[0] in adapted
     )

@@ -59,9 +59,11 @@ def is_transposed(recipe: Recipe) -> bool:
     """Whether the gradient of the head's weight is a transposed view.
 
     The plain product's is (`mm(grad^T, hidden)^T`), and another gradient is not added
-    to it in place; a loss that works on parts makes a tensor of its own.
+    to it in place; a loss that works on parts makes a tensor of its own, and so does
+    the cast of a weight that autocast rounds.
     """
-    return recipe.loss == "full"
+    is_cast = recipe.autocast not in ("none", recipe.dtype)
+    return recipe.loss == "full" and not is_cast
 
 
 def embedding_copies(architecture: Architecture, recipe: Recipe) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from memplan import methods
 from memplan.architecture import Architecture, Block, Linear
+from memplan.estimator.experts import NAMES, adapts_experts
 from memplan.methods import options_at, rank_at
 from memplan.recipe import Recipe
 
@@ -106,18 +107,23 @@ def layout_of(
 def _adapted(
     architecture: Architecture, recipe: Recipe, *, alike: bool
 ) -> frozenset[str]:
-    """Paths of the layers that are adapted; of layers that are alike, the first's."""
+    """Paths of the layers that are adapted; of layers that are alike, the first's.
+
+    Where stacked experts are, PEFT passes by the linear layers of the same names.
+    """
     if recipe.method == "full":
         return frozenset()
+    left = NAMES if adapts_experts(architecture, recipe) else frozenset()
     if not alike:
         found = methods.adapted_linears(architecture, recipe)
-        return frozenset(path for path, _ in found)
+        return frozenset(p for p, _ in found if p.rpartition(".")[2] not in left)
     firsts = tuple(
         dataclasses.replace(block, layers=block.layers[:1])
         for block in architecture.blocks
     )
     few = dataclasses.replace(architecture, blocks=firsts)
-    return frozenset(path for path, _ in methods.adapted_linears(few, recipe))
+    found = methods.adapted_linears(few, recipe)
+    return frozenset(p for p, _ in found if p.rpartition(".")[2] not in left)
 
 
 def _tells_layers_apart(recipe: Recipe) -> bool:

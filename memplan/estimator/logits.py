@@ -19,6 +19,8 @@ class LossBytes:
     left: Any
     forward_peak: Any
     backward_peak: Any
+    head_peak: Any
+    """From the moment on that the head has its gradient, which is left out."""
     logits: Any
 
 
@@ -29,6 +31,7 @@ def loss_bytes(tape: LossTape, tokens: Any) -> LossBytes:
         left=_at(tape.tokens, tape.left, tokens),
         forward_peak=_at(tape.tokens, tape.forward_peak, tokens),
         backward_peak=_at(tape.tokens, tape.backward_peak, tokens),
+        head_peak=_at(tape.tokens, tape.head_peak, tokens),
         logits=_at(tape.tokens, tape.logits, tokens),
     )
 

@@ -7,7 +7,7 @@ the most that is live counts; they are summed here and not listed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,20 @@ from memplan.allocator import SMALL_LIMIT_BYTES
 from memplan.estimator.activations import last_holder
 from memplan.estimator.polynomials import Sizes, rounded, value
 from memplan.tape import LOSS, LayerTape
-from memplan.track import INPUT, BlockTrack, Events, Foreign, LayerTrack, ModelTrack
+from memplan.track import (
+    INPUT,
+    OUTPUT_GRADIENT,
+    BlockTrack,
+    Events,
+    Foreign,
+    LayerTrack,
+    ModelTrack,
+)
 
-TAKE, GIVE, GIVE_FOREIGN, STICK, CACHE, GRADIENT = range(6)
+TAKE, GIVE, GIVE_FOREIGN, STICK, CACHE, GRADIENT, WORKSPACE = range(7)
 """What an operation does: takes a block, gives it back if it is there, gives back
-another layer's, leaves it to the graph or to autocast's cache, or makes a gradient."""
+another layer's, leaves it to the graph or to autocast's cache, makes a gradient, or
+needs cuBLAS, whose workspace the thread may not have yet."""
 
 Operation = tuple[int, int, Any]
 """What to do, the block's number, and its bytes, or the foreign block."""
@@ -34,6 +43,10 @@ class Listing:
     small_peak: int
     small_gradients: int = 0
     """Bytes of small gradients, which outlive the listing."""
+    small_cached: int = 0
+    """Bytes of small blocks that are left to autocast's cache."""
+    small_stuck: int = 0
+    """Bytes of small blocks that are left to the graph."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +89,8 @@ class _Lister:
     small: int = 0
     small_peak: int = 0
     small_gradients: int = 0
+    small_cached: int = 0
+    small_stuck: int = 0
 
     def listing(self) -> Listing:
         return Listing(
@@ -83,6 +98,8 @@ class _Lister:
             small_net=self.small,
             small_peak=self.small_peak,
             small_gradients=self.small_gradients,
+            small_cached=self.small_cached,
+            small_stuck=self.small_stuck,
         )
 
 
@@ -97,6 +114,7 @@ class _Compiler:
         holes: Mapping[int, Filling],
         foreign: Sequence[Foreign],
         loss: LossBlocks | None = None,
+        loss_gradient: int = -1,
     ) -> None:
         self._values = values
         self._sizes = [rounded(round(value(size, values))) for size in sizes]
@@ -104,10 +122,14 @@ class _Compiler:
         self._holes = holes
         self._foreign = self._foreign_of(foreign)
         self._loss = loss
+        self._loss_gradient = loss_gradient
+        """The number of the hidden states' gradient, which a loss may make ahead."""
         self._numbers: dict[int, dict[int, int]] = {}
         """By hole: numbers here of the blocks of the linear layer's track."""
         self._held: dict[int, list[int]] = {}
         """By hole: blocks that its backward gives back."""
+        self._gradients_of_outputs: dict[int, int] = {}
+        """By hole: what its backward was given, where nothing else holds it."""
         self._done: set[int] = set()
         self._made: dict[tuple[bool, int], list[int]] = {}
         self._given: set[int] = set()
@@ -119,20 +141,26 @@ class _Compiler:
         self._foreign = self._foreign_of(foreign)
 
     def write(
-        self, events: Events, *, in_backward: bool, passing: bool = False
+        self,
+        events: Events,
+        *,
+        in_backward: bool,
+        passing: bool = False,
+        num_passing: int = 0,
     ) -> Listing:
-        """The operations of some events."""
+        """The operations of some events; a first few may keep nothing for backward."""
         self._lister = _Lister()
         self._in_backward = in_backward
-        for event in events:
+        for place, event in enumerate(events):
+            passes = passing or place < num_passing
             if isinstance(event, int):
                 self._one(event)
             elif event[0] == "F":
-                self._forward(*event[1:], passing=passing)
+                self._forward(*event[1:], passing=passes)
             elif event[0] == "B":
                 self._backward(*event[1:])
             elif event[0] == "D":
-                self._drop(event[1], event[2], passing=passing)
+                self._drop(event[1], event[2], passing=passes)
             elif event[0] == "?":
                 self._give_late(event[1])
             else:
@@ -217,15 +245,21 @@ class _Compiler:
             self._lister.small -= size
 
     def _move(self, kind: int, number: int) -> None:
-        if self._sizes[number] > SMALL_LIMIT_BYTES:
-            self._lister.operations.append((kind, number, self._sizes[number]))
+        """Leaves a block to the graph or to autocast's cache."""
+        size, lister = self._sizes[number], self._lister
+        if size > SMALL_LIMIT_BYTES:
+            lister.operations.append((kind, number, size))
+        elif kind == CACHE:
+            lister.small_cached += size
+        else:
+            lister.small_stuck += size
 
     def _drop(self, number: int, holes: Sequence[int], *, passing: bool) -> None:
         """Drops the input of holes, or leaves it to the last that holds it."""
         if self._loss is not None:
             if self._loss.holds_input:
                 self._held.setdefault(LOSS, []).append(number)
-            else:
+            elif number not in self._given:
                 self._give(number)
             return
         recomputing = self._in_backward
@@ -245,7 +279,7 @@ class _Compiler:
 
     def _forward(self, hole: int, taken: int, made: int, *, passing: bool) -> None:
         if hole == LOSS:
-            self._loss_forward()
+            self._loss_forward(taken)
             return
         filling = self._holes[hole]
         track = filling.track
@@ -266,11 +300,15 @@ class _Compiler:
             alive = {event for event in events if isinstance(event, int) and event >= 0}
             alive -= {-1 - e for e in events if isinstance(e, int) and e < 0}
             for number in sorted(alive - {output}):
-                self._move(CACHE, numbers[number])
+                is_weight = all("N" not in word for word in polynomials[number])
+                self._move(CACHE if is_weight else STICK, numbers[number])
 
-    def _backward(self, hole: int, taken: int, made: int) -> None:
+    def _backward(self, hole: int, taken: int, made: int, own: int = 0) -> None:
+        """A hole's backward, which may be the only one to hold what it takes."""
+        if own:
+            self._gradients_of_outputs[hole] = taken
         if hole == LOSS:
-            self._loss_backward(made)
+            self._loss_backward()
             return
         track = self._holes[hole].track
         numbers = self._numbers[hole]
@@ -290,33 +328,46 @@ class _Compiler:
         for event in events:
             if event == INPUT:
                 self._release_held(hole)
+            elif event == OUTPUT_GRADIENT:
+                self._release_gradient(hole)
             elif event < 0:
                 self._give(numbers[-1 - event])
+            elif not self._sizes[numbers[event]]:
+                self._lister.operations.append((WORKSPACE, numbers[event], 0))
             elif numbers[event] in lasting:
                 self._gradient(numbers[event])
             else:
                 self._take(numbers[event])
         self._release_held(hole)
+        self._release_gradient(hole)
 
     def _release_held(self, hole: int | None) -> None:
         if hole is not None:
             for number in self._held.pop(hole, ()):
                 self._give(number)
 
-    def _loss_forward(self) -> None:
+    def _release_gradient(self, hole: int | None) -> None:
+        if hole in self._gradients_of_outputs:
+            self._give(self._gradients_of_outputs.pop(hole))
+
+    def _loss_forward(self, taken: int) -> None:
+        """Head and loss, which may let go of the hidden states on the way."""
         loss = self._loss
         assert loss is not None
+        if not loss.holds_input:
+            self._held[LOSS] = [taken]
         self._numbers[LOSS] = {
             number: self._add(size) for number, size in enumerate(loss.sizes)
         }
-        self._hole_events(loss.forward, self._numbers[LOSS], ())
+        if self._loss_gradient >= 0:
+            self._numbers[LOSS][loss.input_gradient] = self._loss_gradient
+        lasting = tuple(self._numbers[LOSS][number] for number in loss.lasting)
+        self._hole_events(loss.forward, self._numbers[LOSS], lasting, LOSS)
 
-    def _loss_backward(self, made: int) -> None:
+    def _loss_backward(self) -> None:
         loss = self._loss
         assert loss is not None
         numbers = self._numbers[LOSS]
-        if made >= 0:
-            numbers[loss.input_gradient] = made
         lasting = tuple(numbers[number] for number in loss.lasting)
         self._hole_events(loss.backward, numbers, lasting, LOSS)
 
@@ -349,6 +400,91 @@ def layer_program(
     )
 
 
+def first_program(
+    track: BlockTrack, holes: Sequence[Filling], values: Sizes, adapted: Container[int]
+) -> Program:
+    """The program of a first layer whose input needs no gradient.
+
+    What it makes before its first adapted hole is given back when that begins, but for
+    what goes into it; its backward ends with that hole's, and gives the rest back.
+    """
+    compiler = _Compiler(
+        track.sizes, values, track.lasting, dict(enumerate(holes)), track.foreign
+    )
+    turn = _place(track.forward, "F", adapted)
+    end = _place(track.backward, "B", (track.forward[turn][1],)) + 1
+    before, after = track.forward[:turn], track.forward[turn:]
+    unkept = _made(before) - _released(before) - {track.forward[turn][2]}
+    kept = (_made(before) | _made(after) | _made(track.backward[:end])) - unkept
+    rest = kept & _released(track.backward[end:])
+    backward = (*track.backward[:end], *(-1 - block for block in sorted(rest)))
+    gone = {-1 - block for block in unkept}
+    return Program(
+        forward=compiler.write(
+            (*before, *sorted(gone), *_without(after, gone)),
+            in_backward=False,
+            num_passing=turn,
+        ),
+        backward=compiler.write(tuple(_without(backward, gone)), in_backward=True),
+        num_blocks=compiler.num_blocks,
+        made=compiler.made,
+    )
+
+
+def unreached_program(
+    track: BlockTrack, holes: Sequence[Filling], values: Sizes
+) -> Program:
+    """The program of a layer that needs no gradient: nothing of it is kept."""
+    compiler = _Compiler(
+        track.sizes, values, track.lasting, dict(enumerate(holes)), track.foreign
+    )
+    rest = _made(track.forward) - _released(track.forward)
+    forward = (*track.forward, *(-1 - block for block in sorted(rest)))
+    return Program(
+        forward=compiler.write(forward, in_backward=False, passing=True),
+        backward=compiler.write((), in_backward=True),
+        num_blocks=compiler.num_blocks,
+        made=compiler.made,
+    )
+
+
+def _place(events: Events, kind: str, holes: Container[int]) -> int:
+    """Where the first event of that kind of one of the holes is."""
+    return next(
+        place
+        for place, event in enumerate(events)
+        if not isinstance(event, int) and event[0] == kind and event[1] in holes
+    )
+
+
+def _made(events: Events) -> set[int]:
+    """Blocks that events make, holes' among them."""
+    own = {event for event in events if isinstance(event, int) and event >= 0}
+    marks = (event for event in events if not isinstance(event, int))
+    return own | {mark[3] for mark in marks if mark[0] in "FB" and mark[3] >= 0}
+
+
+def _released(events: Events) -> set[int]:
+    """Blocks that events release or leave to the holes that they went into."""
+    own = {-1 - event for event in events if isinstance(event, int) and event < 0}
+    marks = (event for event in events if not isinstance(event, int))
+    released = (mark for mark in marks if mark[0] == "D" or len(mark) == _OWNING)
+    return own | {mark[1] if mark[0] == "D" else mark[2] for mark in released}
+
+
+_OWNING = 5
+"""The length of an event of a hole that lets go of what it takes."""
+
+
+def _without(events: Events, gone: Container[int]) -> Iterator[Any]:
+    """Events but for the releases of blocks that are gone."""
+    for event in events:
+        release = event if isinstance(event, int) else -1 - event[1]
+        is_release = isinstance(event, int) or event[0] == "D"
+        if not (is_release and release in gone):
+            yield event
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Around:
     """What is around the layers: before them, in norm, head and loss, and after."""
@@ -363,10 +499,11 @@ class Around:
 
 def around_program(track: ModelTrack, loss: LossBlocks, values: Sizes) -> Around:
     """The program of what is around the layers."""
-    compiler = _Compiler(
-        track.sizes, values, track.lasting, {}, track.before_foreign, loss
-    )
     turn = next(n for n, event in enumerate(track.tail) if _is_backward(event))
+    _, _, _, gradient, *_ = track.tail[turn]
+    compiler = _Compiler(
+        track.sizes, values, track.lasting, {}, track.before_foreign, loss, gradient
+    )
     before = compiler.write(track.before, in_backward=False)
     compiler.use(track.tail_foreign)
     tail_forward = compiler.write(track.tail[:turn], in_backward=False)

@@ -73,15 +73,21 @@ def first_regime(recipe: Recipe) -> Regime:
 
 
 def model_regime(
-    recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...], window: int | None
+    recipe: Recipe,
+    gpu: Gpu,
+    heads: tuple[Heads, ...],
+    window: int | None,
+    *,
+    experts: bool = False,
 ) -> Regime:
-    """The regime of the model's body."""
+    """The regime of the model's body; `experts` says whether theirs are adapted."""
     attention, masked = _attention(recipe, gpu, heads)
     card = _card_class(gpu) if "efficient" in (attention, masked) else ""
     # Eager attention adds a mask in its precision; Turing's kernels know one half.
     alike = "eager" not in (attention, masked) and card != TURING
     same = _same_sizes(recipe) if alike else {}
     dtype, autocast = dtype_outside(recipe), recipe.autocast
+    adapter_dtype = same.get(recipe.adapter_dtype, recipe.adapter_dtype)
     return Regime(
         dtype=same.get(dtype, dtype),
         autocast=same.get(autocast, autocast),
@@ -93,6 +99,7 @@ def model_regime(
         trained=recipe.method == "full",
         checkpointed=recipe.checkpointing == "full",
         card=card,
+        experts=f"{recipe.targets}:{adapter_dtype}" if experts else "",
     )
 
 

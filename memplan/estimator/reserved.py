@@ -22,8 +22,9 @@ from memplan.allocator import (
     OutOfMemory,
 )
 from memplan.architecture import Linear
-from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.cublas import workspace_bytes
 from memplan.errors import MemplanError, MissingExtraError, UntracedError
+from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.gradients import (
     embedding_scratch_bytes,
     is_tied,
@@ -40,15 +41,18 @@ from memplan.estimator.programs import (
     GRADIENT,
     STICK,
     TAKE,
+    WORKSPACE,
     Filling,
     Listing,
     Program,
     adapt_listing,
     around_program,
+    first_program,
     layer_program,
+    unreached_program,
 )
 from memplan.estimator.regimes import is_prepared, layer_regime, loss_regime
-from memplan.estimator.schedule import GroupPart, Parts
+from memplan.estimator.schedule import GroupPart, Parts, workspaces
 from memplan.estimator.trained import in_order
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.loading import HALF_BYTES, natural_key, warmup_bytes
@@ -64,6 +68,9 @@ MICRO_BATCHES = 2
 MISSING_PRECISION = 16
 """What is missing is found to one part in so many."""
 
+HEAD_NAME = "lm_head.weight"
+"""What a tied embedding is called besides."""
+
 BLOCK_SIZE = 64
 """Weights that share a 4-bit code's scale (`functional.quantize_4bit`)."""
 
@@ -71,10 +78,12 @@ BLOCK_SIZE = 64
 class Card:
     """The allocator, large blocks in its pool and small ones as a sum."""
 
-    def __init__(self, capacity_bytes: int | None) -> None:
+    def __init__(self, capacity_bytes: int | None, workspace_bytes: int) -> None:
         self.allocator = CachingAllocator(
             AllocatorSettings(), capacity_bytes, by_pool=False
         )
+        self._workspace_bytes = workspace_bytes
+        self._threads: set[str] = set()
         self.small = 0
         self.small_peak = 0
 
@@ -97,6 +106,12 @@ class Card:
         """Small blocks that come and go in a stretch."""
         self.small_peak = max(self.small_peak, self.small + peak)
         self.small += net
+
+    def need_workspace(self, thread: str) -> None:
+        """Gives a thread's handle of cuBLAS the workspace that it has for good."""
+        if thread not in self._threads:
+            self._threads.add(thread)
+            self.take(self._workspace_bytes)
 
     @property
     def small_reserved(self) -> int:
@@ -185,6 +200,13 @@ class _Tensor:
     name: str
     numbers: int
     role: Role | None = None
+    other_name: str | None = None
+
+    @property
+    def first_name(self) -> str:
+        """The name under which it is loaded: it is, under the first that comes."""
+        names = (self.name, self.other_name or self.name)
+        return min(names, key=natural_key)
 
 
 class _Replay:
@@ -196,8 +218,11 @@ class _Replay:
         self._parts = parts
         self._recipe = parts.recipe
         self._tokens = batch * length
-        self._card = Card(capacity)
-        self._values = Sizes({"": 1, "B": batch, "T": length})
+        one = workspace_bytes(parts.gpu)
+        forward, both = workspaces(parts)
+        self._light = [forward - one, both - forward - one]
+        self._card = Card(capacity, one)
+        self._values = Sizes({"": 1, "B": batch, "T": length, "r": parts.recipe.rank})
         self._by_moment: dict[str, int] = {}
         self._moment = "load"
         bodies, loss = tracks_of(parts)
@@ -214,16 +239,31 @@ class _Replay:
         layers = sorted(self._in_layers(), key=lambda pair: pair[0])
         self._order = [filled[id(part)] for _, part in layers]
         self._layers = [programs[id(part)] for _, part in layers]
+        self._leave_unreached([part for _, part in layers], bodies)
         self._adapt_listings: dict[int, tuple[int, Listing]] = {}
         self._around = around_program(
             bodies[parts.regime],
             loss_blocks(loss, parts.loss, self._tokens),
             self._values,
         )
-        self._workspaces: set[str] = set()
         self._gradients: list[Any] = []
         self._left: list[Any] = []
         """Blocks that go with the output that the caller holds."""
+
+    def _leave_unreached(
+        self, parts: list[GroupPart], bodies: dict[Regime, ModelTrack]
+    ) -> None:
+        """Lets layers that need no gradient, or only within, keep no more than that."""
+        unreached = sum(part.unreached for part in self._parts.groups)
+        for number, part in enumerate(parts[: unreached + 1]):
+            track, holes = bodies[part.regime].blocks[part.kind], self._order[number]
+            if number < unreached:
+                program = unreached_program(track, holes, self._values)
+            elif part.passing is not None:
+                program = first_program(track, holes, self._values, part.adapted)
+            else:
+                continue
+            self._layers[number] = program
 
     def run(self) -> Reserved:
         try:
@@ -274,7 +314,7 @@ class _Replay:
         )
         card.give(card.take(warmup_bytes(stored, self._parts.gpu.capacity_bytes)))
         held = []
-        for tensor in sorted(tensors, key=lambda t: natural_key(t.name)):
+        for tensor in sorted(tensors, key=lambda t: natural_key(t.first_name)):
             if tensor.role is None:
                 held.append((tensor.numbers, card.take(item * tensor.numbers)))
             else:
@@ -308,8 +348,14 @@ class _Replay:
     def _tensors(self) -> Iterator[_Tensor]:
         """Every tensor, in the order of modules."""
         architecture, layout = self._parts.architecture, self._parts.layout
+        tied = is_tied(architecture)
         for parameter in architecture.parameters:
-            yield _Tensor(name=parameter.path, numbers=parameter.num_parameters)
+            is_head = tied and parameter.shape[0] == architecture.vocab_size
+            yield _Tensor(
+                name=parameter.path,
+                numbers=parameter.num_parameters,
+                other_name=HEAD_NAME if is_head else None,
+            )
         for group in layout.groups:
             for layer in group.layers:
                 path = f"{group.block.stack}.{layer}"
@@ -339,8 +385,6 @@ class _Replay:
         if method.shared_shapes(linears, recipe.rank):
             card.take(self._parts.adapters)
             return
-        if any({} in hole.track.adapt_sizes for part in self._order for hole in part):
-            self._workspace("forward")
         for holes in self._order:
             num_blocks, listing = self._adapting(holes)
             blocks: list[Any] = [None] * num_blocks
@@ -348,8 +392,20 @@ class _Replay:
             for kind, number, size in listing.operations:
                 if kind == TAKE:
                     blocks[number] = card.allocator.malloc(size)
+                elif kind == WORKSPACE:
+                    card.need_workspace("forward")
                 else:
                     card.allocator.free(blocks[number])
+        self._adapt_experts()
+
+    def _adapt_experts(self) -> None:
+        """The factors of stacked experts, layer by layer."""
+        if not adapts_experts(self._parts.architecture, self._recipe):
+            return
+        item = DTYPE_BYTES[self._recipe.adapter_dtype]
+        for group in self._parts.layout.groups:
+            for shape in group.count * [*expert_shapes(group.block, self._recipe)]:
+                self._card.take(item * math.prod(shape))
 
     def _adapting(self, holes: tuple[Filling, ...]) -> tuple[int, Listing]:
         if id(holes) not in self._adapt_listings:
@@ -403,13 +459,13 @@ class _Replay:
             first=first,
             tied=is_tied(self._parts.architecture),
         )
-        self._workspace("forward")
+        self._take_light_workspace()
         run.forward()
         if keep == "step":
             self._drop_left()
         yield f"{step}.forward"
         self._moment = f"{step}.backward"
-        self._workspace("backward")
+        self._take_light_workspace()
         run.backward()
         if self._recipe.method == "full":
             self._embedding_gradient(run.head, first=first)
@@ -423,16 +479,10 @@ class _Replay:
             self._card.give(block)
         self._left.clear()
 
-    def _workspace(self, thread: str) -> None:
-        """A thread's workspace of cuBLAS, and of cuBLASLt where biases are added."""
-        if thread in self._workspaces:
-            return
-        self._workspaces.add(thread)
-        self._card.take(workspace_bytes(self._parts.gpu))
-        biased = any(role.linear.bias for role, _ in self._parts.layout.linears)
-        recomputes = self._recipe.checkpointing == "full"
-        if biased and (thread == "forward" or recomputes):
-            self._card.take(LT_WORKSPACE_BYTES)
+    def _take_light_workspace(self) -> None:
+        """What cuBLASLt has in the first forward, then in the first backward."""
+        if self._light:
+            self._card.take(self._light.pop(0))
 
     def _embedding_gradient(self, head: list[Any], *, first: bool) -> None:
         """The embedding's gradient, and its sum with a tied head's that waits."""
@@ -499,6 +549,7 @@ class _Run:
         self._gradients = gradients
         self._first = first
         self._tied = tied
+        self._thread = "forward"
         self.head: list[Any] = []
         """The gradient of a tied head, which waits for the embedding's."""
         self._blocks: list[list[Any]] = [[None] * p.num_blocks for p in layers]
@@ -518,6 +569,7 @@ class _Run:
 
     def backward(self) -> None:
         around = self._around
+        self._thread = "backward"
         self._walk(around.tail_backward, self._outer, len(self._programs))
         for place in range(len(self._programs) - 1, -1, -1):
             self._walk(self._programs[place].backward, self._blocks[place], place)
@@ -538,6 +590,9 @@ class _Run:
         if self._first and listing.small_gradients:
             self._gradients.append(listing.small_gradients)
             card.add_small(listing.small_gradients, listing.small_gradients)
+        # Small blocks are given back as the bytes that they are.
+        self._cached.append(listing.small_cached)
+        self._stuck.append(listing.small_stuck)
         for kind, number, size in listing.operations:
             if kind == TAKE:
                 blocks[number] = malloc(size)
@@ -554,6 +609,8 @@ class _Run:
                     self._gradients.append(block)
                 else:
                     free(block)
+            elif kind == WORKSPACE:
+                card.need_workspace(self._thread)
             else:
                 kept = self._stuck if kind == STICK else self._cached
                 assert kind in (STICK, CACHE)

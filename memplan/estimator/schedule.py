@@ -9,25 +9,30 @@ pile plus the larger of loss and one layer, not their sum.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from memplan import tapes
 from memplan.architecture import Architecture
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
-from memplan.estimator.activations import Hole, LayerBytes, layer_bytes
+from memplan.estimator.activations import (
+    Hole,
+    LayerBytes,
+    first_layer_bytes,
+    layer_bytes,
+)
 from memplan.estimator.adapters import adapter_bytes
+from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.gradients import (
     embedding_bytes,
     embedding_copies,
     embedding_scratch_bytes,
     gradient_bytes,
     is_tied,
-    is_transposed,
     layer_gradient_bytes,
 )
-from memplan.estimator.layout import Group, Layout, layout_of
+from memplan.estimator.layout import Group, Layout, Role, layout_of
 from memplan.estimator.logits import loss_bytes
 from memplan.estimator.optimizer import (
     clip_bytes,
@@ -51,6 +56,7 @@ from memplan.tape import (
     BlockTape,
     LayerTape,
     LossTape,
+    Mark,
     ModelTape,
     Regime,
     Stretch,
@@ -80,6 +86,19 @@ class GroupPart:
     """The number of the layers' kind in the regime's tape."""
     tape: BlockTape
     linears: tuple[LinearPart, ...]
+    unreached: int = 0
+    """How many of them need no gradient, as nothing is trained up to their end."""
+    passing: BlockTape | None = None
+    """The tape of the layers under a checkpoint, where one of them is the first that
+    needs a gradient, and needs none before an adapted linear layer within it."""
+
+    @property
+    def adapted(self) -> frozenset[int]:
+        """Numbers of the holes that are adapted."""
+        roles = {role.linear.path: role for role in self.group.roles}
+        return frozenset(
+            number for number, path in enumerate(self.tape.holes) if roles[path].adapted
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,17 +126,25 @@ class Parts:
 def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
     """The parts of a fine-tune; reads its tapes, and traces those that are missing."""
     first = tapes.model_tape(architecture, first_regime(recipe))
-    regime = model_regime(recipe, gpu, first.attention, first.window)
-    tape = tapes.model_tape(architecture, regime)
-    stack = architecture.main_stack
-    kinds = [block for block in architecture.blocks if block.stack == stack]
+    regime = model_regime(
+        recipe,
+        gpu,
+        first.attention,
+        first.window,
+        experts=adapts_experts(architecture, recipe),
+    )
     plain = {
         path: is_plain
-        for block in tape.blocks
+        for block in first.blocks
         for path, is_plain in zip(block.holes, block.plain, strict=True)
     }
     layout = layout_of(architecture, recipe, plain)
+    stack = architecture.main_stack
+    kinds = [block for block in architecture.blocks if block.stack == stack]
+    regime = _settled(regime, architecture, recipe, layout)
+    tape = tapes.model_tape(architecture, regime)
     tensors = trained(architecture, layout, recipe, stack)
+    first_layer = _first_reached(architecture, layout, recipe)
     return Parts(
         architecture=architecture,
         recipe=recipe,
@@ -127,7 +154,15 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
         tape=tape,
         loss=tapes.loss_tape(architecture, loss_regime(recipe, tape.hidden_dtype)),
         groups=tuple(
-            _group(group, count, kinds.index(group.block), each, architecture, recipe)
+            _group(
+                group,
+                count,
+                kinds.index(group.block),
+                each,
+                first_layer,
+                architecture,
+                recipe,
+            )
             for group in layout.groups
             if group.block.stack == stack
             for count, each in _by_checkpoint(regime, group, recipe)
@@ -142,6 +177,48 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
         step=step_bytes(tensors, recipe),
         clip=clip_bytes(tensors),
     )
+
+
+def _settled(
+    regime: Regime, architecture: Architecture, recipe: Recipe, layout: Layout
+) -> Regime:
+    """The regime in which linear layers return what those of the layout do.
+
+    What one returns decides what the next ones are given, and return in turn.
+    """
+    roles = {
+        role.linear.path: role
+        for group in layout.groups
+        if group.block.stack == architecture.main_stack
+        for role in group.roles
+        if role.adapted
+    }
+    for _ in range(len(roles)):
+        tape = tapes.model_tape(architecture, regime)
+        outputs = _outputs(tape, regime, recipe, roles)
+        if outputs == regime.outputs:
+            break
+        regime = dataclasses.replace(regime, outputs=outputs)
+    return regime
+
+
+def _outputs(
+    tape: ModelTape, regime: Regime, recipe: Recipe, roles: Mapping[str, Role]
+) -> tuple[tuple[str, str], ...]:
+    """What adapted layers return where it is neither their input's nor autocast's."""
+    outputs = {}
+    for block in tape.blocks:
+        names = zip(block.holes, block.input_dtypes, block.plain, strict=True)
+        for path, input_dtype, is_plain in names:
+            if path not in roles:
+                continue
+            told = layer_regime(recipe, roles[path], input_dtype)
+            casts = regime.casts_output or (not is_plain and regime.autocast != "none")
+            expected = told.autocast if casts else told.input_dtype
+            returned = tapes.layer_tape(told).output_dtype
+            if returned != expected:
+                outputs[path] = returned
+    return tuple(sorted(outputs.items()))
 
 
 def _by_checkpoint(
@@ -165,6 +242,7 @@ def _group(  # noqa: PLR0913 - each says what the layers are
     count: int,
     kind: int,
     regime: Regime,
+    first: int,
     architecture: Architecture,
     recipe: Recipe,
 ) -> GroupPart:
@@ -182,7 +260,7 @@ def _group(  # noqa: PLR0913 - each says what the layers are
                 gradient_bytes=layer_gradient_bytes(role, recipe),
             )
         )
-    return GroupPart(
+    part = GroupPart(
         group=group,
         count=count,
         checkpointed=regime.checkpointed,
@@ -191,6 +269,62 @@ def _group(  # noqa: PLR0913 - each says what the layers are
         tape=tape,
         linears=tuple(linears),
     )
+    unreached = sum(layer < first for layer in group.layers)
+    part = dataclasses.replace(part, unreached=unreached)
+    if recipe.checkpointing == "full" or first not in group.layers:
+        return part
+    if not _begins_within(part, architecture, recipe):
+        return part
+    checkpointed = dataclasses.replace(regime, checkpointed=True)
+    passing = tapes.model_tape(architecture, checkpointed).blocks[kind]
+    return dataclasses.replace(part, passing=passing)
+
+
+def _first_reached(architecture: Architecture, layout: Layout, recipe: Recipe) -> int:
+    """The first layer that needs a gradient: 0 where its input does."""
+    if _needs_input_gradient(architecture, recipe):
+        return 0
+    experts = adapts_experts(architecture, recipe)
+    trained = [
+        layer
+        for group in layout.groups
+        if group.block.stack == architecture.main_stack
+        and (
+            any(role.adapted for role in group.roles)
+            or (experts and next(expert_shapes(group.block, recipe), None))
+        )
+        for layer in group.layers
+    ]
+    return min(trained, default=0)
+
+
+def _needs_input_gradient(architecture: Architecture, recipe: Recipe) -> bool:
+    """Checkpoints ask for their input's gradient, and a trained embedding has one."""
+    if recipe.method == "full" or recipe.checkpointing == "full":
+        return True
+    embeddings = {
+        parameter.path.rpartition(".")[0]
+        for parameter in architecture.parameters
+        if parameter.kind == "embedding"
+    }
+    return any(
+        path.endswith(name) for path in embeddings for name in recipe.trained_modules
+    )
+
+
+def _begins_within(part: GroupPart, architecture: Architecture, recipe: Recipe) -> bool:
+    """Whether gradients are first needed somewhere within the first layer reached.
+
+    Before an adapted linear layer that is the first of all a norm alone is kept.
+    """
+    if _needs_input_gradient(architecture, recipe) or part.regime.experts:
+        return False
+    forwards = [
+        item
+        for item in part.tape.forward
+        if isinstance(item, Mark) and item.kind == "F"
+    ]
+    return bool(part.adapted) and forwards[0].holes[0] not in part.adapted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,16 +364,17 @@ class _Stepper:
     def __init__(self, parts: Parts, batch: Any, length: Any) -> None:
         self._parts = parts
         self._tokens = batch * length
-        self._sizes = Sizes({"": 1, "B": batch, "T": length})
+        self._sizes = Sizes({"": 1, "B": batch, "T": length, "r": parts.recipe.rank})
         self._accumulates = parts.recipe.accumulation > 1
         self._layers = [
-            (part, self._layer(part, batch * length)) for part in parts.groups
+            layer for part in parts.groups for layer in self._layers_of(part)
         ]
         self._loss = loss_bytes(parts.loss, self._tokens)
-        self._kept = sum(part.count * layer.kept for part, layer in self._layers)
-        self._cached = sum(part.count * layer.cached for part, layer in self._layers)
-        self._stuck = sum(part.count * layer.stuck for part, layer in self._layers)
+        self._kept = sum(count * layer.kept for _, count, layer in self._layers)
+        self._cached = sum(count * layer.cached for _, count, layer in self._layers)
+        self._stuck = sum(count * layer.stuck for _, count, layer in self._layers)
         self._start = value(parts.tape.before.net, self._sizes)
+        self._start = self._start + value(parts.tape.carried, self._sizes)
 
     def step(self) -> Step:
         forward, backward, rest = self._around_loss()
@@ -250,14 +385,41 @@ class _Stepper:
             left=self._loss.left + self._stuck_in_output,
         )
 
-    def _layer(self, part: GroupPart, tokens: Any) -> LayerBytes:
-        holes = tuple(
+    def _layers_of(
+        self, part: GroupPart
+    ) -> Iterator[tuple[GroupPart, int, LayerBytes]]:
+        """Layers that are alike, and how many; the first may be apart."""
+        holes = self._holes(part)
+        layer = layer_bytes(
+            part.tape,
+            holes,
+            self._sizes,
+            checkpointed=part.checkpointed,
+            offloaded=part.checkpointed and self._parts.recipe.offload,
+            accumulates=self._accumulates,
+        )
+        if part.passing is None:
+            yield part, part.count - part.unreached, layer
+            return
+        first = first_layer_bytes(
+            part.tape,
+            part.passing,
+            holes,
+            self._sizes,
+            part.adapted,
+            accumulates=self._accumulates,
+        )
+        yield part, part.count - part.unreached - 1, layer
+        yield part, 1, first
+
+    def _holes(self, part: GroupPart) -> tuple[Hole, ...]:
+        return tuple(
             Hole(
                 tape=linear.tape,
                 sizes=Sizes(
                     {
                         "": 1,
-                        "N": tokens,
+                        "N": self._tokens,
                         "i": linear.in_features,
                         "o": linear.out_features,
                         "r": linear.rank,
@@ -267,21 +429,13 @@ class _Stepper:
             )
             for linear in part.linears
         )
-        return layer_bytes(
-            part.tape,
-            holes,
-            self._sizes,
-            checkpointed=part.checkpointed,
-            offloaded=part.checkpointed and self._parts.recipe.offload,
-            accumulates=self._accumulates,
-        )
 
     def _forward(self) -> Iterator[Candidate]:
         """The embedding and the masks, then the last layer of each kind."""
         gradients = self._parts.gradients if self._accumulates else 0
         for peak in self._parts.tape.before.peaks:
             yield Candidate(activations=value(peak, self._sizes), gradients=gradients)
-        for _, layer in self._layers:
+        for _, _, layer in self._layers:
             below = self._start + self._kept - layer.kept
             yield Candidate(activations=below + layer.forward_peak, gradients=gradients)
 
@@ -295,16 +449,15 @@ class _Stepper:
         forward: list[Candidate] = []
         backward: list[Candidate] = []
         points = forward
-        # A loss that works on parts sums the head's gradient up as it goes.
-        by_parts = not is_transposed(self._parts.recipe)
-        head = self._head_gradients() if by_parts else 0
+        head = self._head_gradients()
+        early = head if self._parts.loss.head_in_forward else 0
 
-        def note(activations: Any, logits: Any = 0) -> None:
+        def note(activations: Any, logits: Any = 0, own: int = 0) -> None:
             points.append(
                 Candidate(
                     activations=activations - logits,
                     logits=logits,
-                    gradients=gradients + head * (points is backward),
+                    gradients=gradients + own,
                 )
             )
 
@@ -314,7 +467,7 @@ class _Stepper:
                     note(live + value(peak, self._sizes))
                 live = live + value(item.net, self._sizes)
             elif item.kind == "F":
-                note(live + loss.forward_peak, loss.logits)
+                note(live + loss.forward_peak, loss.logits, early)
                 live = live + loss.kept - self._cached
                 points = backward
             elif item.kind == "drop":
@@ -322,7 +475,8 @@ class _Stepper:
                 held = hidden if self._parts.loss.holds_input else 0
                 live = live - hidden + held
             else:
-                note(live - loss.kept + loss.backward_peak, loss.logits)
+                note(live - loss.kept + loss.backward_peak, loss.logits, early)
+                note(live - loss.kept + loss.head_peak, own=head)
                 live = live - loss.kept + loss.left + hidden - held
         return forward, backward, live + self._cached - self._kept
 
@@ -334,7 +488,7 @@ class _Stepper:
         parts = self._parts
         full = parts.recipe.method == "full"
         embedding = embedding_bytes(parts.architecture, parts.recipe) if full else 0
-        for part, layer in self._layers:
+        for part, _, layer in self._layers:
             own = sum(linear.gradient_bytes for linear in part.linears)
             pile = self._kept - self._cached - (layer.kept - layer.cached)
             top = self._head_gradients()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from memplan import methods
 from memplan.architecture import Architecture
+from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.layout import Layout, Role
 from memplan.estimator.regimes import dtype_outside
 from memplan.estimator.weights import DTYPE_BYTES
@@ -57,7 +58,9 @@ def trained(
     if recipe.method == "full":
         item = DTYPE_BYTES[recipe.dtype]
         return Trained(tensors=tuple(_all(architecture, layout, item, stack)))
-    adapters = _adapters(layout, recipe, stack)
+    adapters = [*_adapters(layout, recipe, stack)]
+    if adapts_experts(architecture, recipe):
+        adapters += _experts(layout, recipe, stack)
     return Trained(tensors=(*adapters, *_modules(architecture, recipe)))
 
 
@@ -97,6 +100,16 @@ def _adapters(layout: Layout, recipe: Recipe, stack: str) -> Iterator[Tensors]:
     for role in layout.outside:
         for shape in shapes_of(role, recipe):
             yield Tensors(shape=shape, count=1, item=item, place=1)
+
+
+def _experts(layout: Layout, recipe: Recipe, stack: str) -> Iterator[Tensors]:
+    item = DTYPE_BYTES[recipe.adapter_dtype]
+    for group in layout.groups:
+        reached = group.block.stack == stack
+        for shape in expert_shapes(group.block, recipe):
+            yield Tensors(
+                shape=shape, count=group.count, item=item, has_gradient=reached
+            )
 
 
 def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from memplan.estimator.sweep import sweep
 from memplan.footprint import Footprint
 from memplan.gpu import find_gpu
 from memplan.recipe import Recipe
-from tests.estimate_report import judge, judged_grid, needs_no_torch
+from tests.estimate_report import Judged, judge, judged_grid, needs_no_torch
 from tests.simulated_grid import read_grid
 
 LLAMA = "meta-llama/Llama-3.2-1B"
@@ -40,23 +41,69 @@ def test_a_good_part_of_the_grid_needs_no_torch() -> None:
     assert len(SHIPPED) >= 20
 
 
-def test_allocated_peaks_equal_the_simulated_ones() -> None:
-    errors = [abs(judge(row).allocated) for row in SHIPPED]
-    within = sum(error <= 0.03 for error in errors) / len(errors)
+def check_bars(judged: list[Judged]) -> None:
+    """Allocated bytes: median 1 %, worst 3 %; the device's: 2 % and 8 %."""
+    allocated = [abs(one.allocated) for one in judged]
+    device = [abs(one.device) for one in judged]
 
-    assert statistics.median(errors) <= 0.01
-    assert within >= 0.95
-    assert max(errors) <= 0.10
+    assert statistics.median(allocated) <= 0.01
+    assert max(allocated) <= 0.03
+    assert statistics.median(device) <= 0.02
+    assert max(device) <= 0.08
+
+
+def test_peaks_equal_the_simulated_ones() -> None:
+    check_bars([judge(row) for row in SHIPPED])
 
 
 @pytest.mark.slow
 def test_the_whole_grid_is_as_the_report_says() -> None:
     judged, _ = judged_grid()
-    errors = [abs(one.allocated) for one in judged]
 
-    assert len(errors) >= 290
-    assert statistics.median(errors) <= 0.01
-    assert sum(error <= 0.03 for error in errors) / len(errors) >= 0.95
+    assert len(judged) >= 290
+    check_bars(judged)
+
+
+SHORT = {"batch_size": 2, "sequence_length": 512}
+
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "the first layer keeps nothing before its first adapter": (
+        "openai-community/gpt2",
+        {"targets": "mlp", "sequence_length": 1024},
+    ),
+    "eager scores are handed from layer to layer": (
+        "tiiuae/falcon-7b",
+        {"attention": "eager", "checkpointing": "full", "quantization": "nf4-double"},
+    ),
+    "liger makes the head's gradient in forward": (
+        LLAMA,
+        {"method": "full", "loss": "liger", "checkpointing": "full"},
+    ),
+    "a transposed head's gradient is there beside the kept one": (
+        "microsoft/phi-2",
+        {"method": "full", "accumulation": 2},
+    ),
+    "dora under TRL promotes the residual stream": (
+        "EleutherAI/pythia-70m",
+        {"method": "dora", "trainer": "trl", "quantization": "nf4-double"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "keys"), RULES.values(), ids=RULES)
+def test_what_decides_a_peak_is_found(model: str, keys: dict[str, Any]) -> None:
+    from memplan.simulator import simulate
+
+    recipe = Recipe(**SHORT | keys)
+    gpu = dataclasses.replace(CARD, capacity_bytes=10**12)
+
+    found = estimate(inspect(model), recipe, gpu)
+    simulated = simulate(inspect(model), recipe, gpu)
+
+    for ours, theirs in zip(found.moments, simulated.moments, strict=True):
+        if "ward" in ours.label:
+            told = theirs.allocated_bytes
+            assert ours.allocated_bytes == pytest.approx(told, rel=0.02), ours.label
 
 
 def test_moments_are_the_simulation_s() -> None:

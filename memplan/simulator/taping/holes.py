@@ -6,13 +6,16 @@ and came out, so that what a linear layer does can be put there later.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from memplan.simulator.events import FREE
 from memplan.simulator.trace import Tracer
+from memplan.tape import LOSS
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,30 @@ class HoleMark:
     """What came in where it begins, what came out where it ends."""
 
 
+Event = tuple[int, int] | HoleMark
+"""A block and its bytes, or FREE; or a hole's mark."""
+
+
+def let_go_of(events: Iterable[Event]) -> dict[int, int]:
+    """By hole: the gradient that goes after its backward, as nothing else holds it.
+
+    Where a layer is in the hole, it goes as soon as that is done with it.
+    """
+    let_go: dict[int, int] = {}
+    begun: HoleMark | None = None
+    ended: HoleMark | None = None
+    for event in events:
+        if isinstance(event, HoleMark):
+            begun = event if event.kind == "B" else begun
+            ends = event.kind == "b" and event.hole != LOSS
+            ended = begun if ends else None
+        elif event[1] != FREE:
+            ended = None
+        elif ended is not None and event[0] == ended.block:
+            let_go[ended.hole] = event[0]
+    return let_go
+
+
 class TapeTracer(Tracer):
     """A tracer whose log holds the marks of holes among its events."""
 
@@ -37,6 +64,8 @@ class TapeTracer(Tracer):
         """What makes the outputs of holes need a gradient, as adapters do."""
         self.input_dtypes: dict[int, str] = {}
         """By hole: the precision of its input."""
+        self.output_dtype = ""
+        """The precision of a single layer's output."""
 
     def mark(self, kind: str, hole: int, tensor: torch.Tensor | None) -> None:
         block = -1 if tensor is None else self.block_of(tensor)

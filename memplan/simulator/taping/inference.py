@@ -69,7 +69,7 @@ def trace_pass(regime: LayerRegime, *, fused: bool) -> Stretch:
         end = len(log.events)
         del x, y
         tracer.stop()
-    return stretch_of(log, begin, end, ())
+    return stretch_of(log, begin, end)
 
 
 def trace_cache(architecture: Architecture) -> CacheTape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,8 +30,8 @@ from memplan.simulator.taping.polynomials import (
     largest,
 )
 from memplan.simulator.taping.tracks import Span
-from memplan.tape import LayerRegime, LayerTape, Polynomial, Stretch
-from memplan.track import LayerTrack
+from memplan.tape import LayerRegime, LayerTape, Mark, Polynomial, Stretch
+from memplan.track import INPUT, OUTPUT_GRADIENT, LayerTrack
 from memplan.training import model as training_model
 from memplan.training.step import autocast
 
@@ -67,10 +67,6 @@ def size_of(num_bytes: int) -> Polynomial:
     if num_bytes < LARGE_BYTES or any(size):
         return size
     return {"io": num_bytes / (IN_FEATURES * OUT_FEATURES)}
-
-
-NO_BLOCK = -10
-"""No block's number."""
 
 
 class Single(nn.Module):
@@ -229,6 +225,7 @@ def _step(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
     tracer.mark("F", 0, x)
     y = model(x)
     tracer.mark("f", 0, y)
+    tracer.output_dtype = str(y.dtype).removeprefix("torch.")
     loss = _Sink.apply(y, tracer)  # type: ignore[no-untyped-call]
     del x, y
     tracer.mark("dropped", 0, None)
@@ -317,14 +314,15 @@ class _Reader:
         ]
         holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
         passing = self._read_passing()
-        size = size_of(self._log.sizes[output])
+        left = add(passing.net, size_of(self._log.sizes[output]), -1)
         return LayerTape(
-            forward=stretch_of(self._log, begin, end, ()),
+            forward=stretch_of(self._log, begin, end),
             passing=passing,
-            releasing=stretch_of(self._log, back, behind, (grad_y,)),
-            cached=add(passing.net, size, -1),
+            cached={word: each for word, each in left.items() if "N" not in word},
             sticks=self._sticks(),
-            backward=stretch_of(self._log, back, behind, (x, grad_y)),
+            stuck={word: each for word, each in left.items() if "N" in word},
+            output_dtype=self._tracer.output_dtype,
+            backward=tuple(self._backward(back, behind, {x: "x", grad_y: "y"})),
             holds_input=holds,
             kept=tuple(size_of(self._log.sizes[block]) for block in kept),
         )
@@ -335,16 +333,16 @@ class _Reader:
         end, output = self._at["f"]
         back, grad_y = self._at["B"]
         behind, grad_x = self._at["b"]
-        span = Span(self._tracer, x)
+        span = Span(self._tracer, {x: INPUT, grad_y: OUTPUT_GRADIENT})
         forward = span.write(begin, end)
-        backward = span.write(back, behind, (grad_y,))
+        backward = span.write(back, behind)
         rest = span.write(behind, len(self._log.events), (x, grad_y, grad_x))
-        adapting = Span(self._tracer, NO_BLOCK)
+        adapting = Span(self._tracer, {})
         adapt = adapting.write(self._at["loaded"][0], self._at["adapted"][0])
         log, tracer = self._passing
         places = {mark.kind: (place, mark.block) for place, mark in tracer.marks}
         first, last = places["F"], places["f"]
-        passing = Span(tracer, first[1])
+        passing = Span(tracer, {first[1]: INPUT})
         passed = passing.write(first[0], last[0])
         return LayerTrack(
             lasting=tuple(n for n in span.lasting if span.blocks[n] not in (output, x)),
@@ -360,6 +358,19 @@ class _Reader:
             adapt_sizes=_sizes(self._log, adapting),
         )
 
+    def _backward(
+        self, begin: int, end: int, given: dict[int, str]
+    ) -> Iterator[Stretch | Mark]:
+        """The backward, with marks where it releases what it is given."""
+        at = begin
+        for place in range(begin, end):
+            block, size = self._log.events[place]
+            if size == FREE and block in given:
+                yield stretch_of(self._log, at, place)
+                yield Mark(kind=given[block])
+                at = place + 1
+        yield stretch_of(self._log, at, end)
+
     def _sticks(self) -> bool:
         """Whether the input outlives a checkpoint's first forward."""
         log, tracer = self._passing
@@ -371,18 +382,16 @@ class _Reader:
     def _read_passing(self) -> Stretch:
         log, tracer = self._passing
         places = {mark.kind: place for place, mark in tracer.marks}
-        return stretch_of(log, places["F"], places["f"], ())
+        return stretch_of(log, places["F"], places["f"])
 
 
-def stretch_of(
-    log: EventLog, begin: int, end: int, ignored: tuple[int, ...]
-) -> Stretch:
+def stretch_of(log: EventLog, begin: int, end: int) -> Stretch:
     """The stretch, without what outlives the step: gradients and workspaces."""
     freed = {block for block, size in log.events if size == FREE}
     net: Polynomial = {}
     candidates: list[Polynomial] = []
     for block, size in log.events[begin:end]:
-        if block == MARK or block in ignored:
+        if block == MARK:
             continue
         bytes_ = size_of(log.sizes[block])
         if size == FREE:

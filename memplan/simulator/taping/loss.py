@@ -18,7 +18,7 @@ from memplan.simulator.taping.holes import TapeTracer
 from memplan.simulator.taping.model import CARD, body_of
 from memplan.simulator.taping.tracks import Span
 from memplan.tape import LossRegime, LossTape
-from memplan.track import LossTrack
+from memplan.track import INPUT, LossTrack
 from memplan.training import model as training_model
 from memplan.training.few_layers import KeptLayers, build_few
 from memplan.training.loss import read_loss, run_forward
@@ -38,6 +38,8 @@ def trace_loss(architecture: Architecture, regime: LossRegime) -> LossTape:
         left=tuple(reading.left for reading in readings),
         forward_peak=tuple(reading.forward_peak[0] for reading in readings),
         backward_peak=tuple(reading.backward_peak[0] for reading in readings),
+        head_peak=tuple(reading.head_peak for reading in readings),
+        head_in_forward=readings[0].head_in_forward,
         logits=tuple(reading.logits for reading in readings),
         holds_input=readings[0].holds_input,
     )
@@ -201,6 +203,16 @@ class _Reading:
         back = [event for event in events[forward:behind] if event[0] >= 0]
         _, self.backward_peak = self._walk(back, self.kept, logits)
         whole = [event for event in events[forward:end] if event[0] >= 0]
+        self.head_in_forward = any(
+            size != FREE and self._is_gradient(block)
+            for block, size in events[begin:forward]
+            if block >= 0
+        )
+        self.head_peak = (
+            self.backward_peak[0]
+            if self.head_in_forward
+            else self._head_peak(whole, logits)
+        )
         (self.left, _), _ = self._walk(whole, self.kept, logits)
         self.logits = max(self.forward_peak, self.backward_peak)[1]
 
@@ -210,7 +222,7 @@ class _Reading:
         The gradient is the body's to release.
         """
         begin, forward, end = self._places
-        span = Span(self._tracer, self._hidden)
+        span = Span(self._tracer, {self._hidden: INPUT})
         ahead = span.write(begin, forward)
         back = span.write(forward, end)
         gradient = span.number(self._gradient)
@@ -220,6 +232,21 @@ class _Reading:
             0 if span.is_workspace(block) else log.sizes[block] for block in span.blocks
         )
         return sizes, span.lasting, gradient, ahead, back
+
+    def _head_peak(self, back: list[tuple[int, int]], logits: int) -> int:
+        """The peak from the first block on that outlives the step."""
+        made = [at for at, (block, _) in enumerate(back) if self._is_gradient(block)]
+        if not made:
+            return 0
+        before = back[: made[0]]
+        live, _ = self._walk(before, self.kept, logits)
+        _, (peak, _) = self._walk(back[made[0] :], *live)
+        return peak
+
+    def _is_gradient(self, block: int) -> bool:
+        """Whether a block outlives the step, and is no library's workspace."""
+        category = self._log.categories[block]
+        return block not in self._passing and category != "workspace"
 
     def _walk(
         self, events: list[tuple[int, int]], live: int, logits: int

@@ -21,16 +21,23 @@ from memplan.recipe import Recipe
 from memplan.simulator import no_initialization, no_warnings
 from memplan.simulator.events import FREE, MARK, EventLog
 from memplan.simulator.reroute import Reroute
-from memplan.simulator.taping.holes import Hole, HoleMark, TapeTracer
+from memplan.simulator.taping.holes import (
+    Event,
+    Hole,
+    HoleMark,
+    TapeTracer,
+    let_go_of,
+)
 from memplan.simulator.taping.polynomials import (
     BATCH,
     LENGTHS,
+    RANK,
     add,
     hides_length,
     largest,
     sizes_in_batch,
 )
-from memplan.simulator.taping.tracks import Event, ModelTracks
+from memplan.simulator.taping.tracks import ModelTracks
 from memplan.tape import (
     LOSS,
     BlockTape,
@@ -155,6 +162,8 @@ def _run(
     with no_warnings(), no_initialization():
         model = _short_model(architecture, recipe, regime, stack, kept)
         model.requires_grad_(regime.trained)
+        if regime.experts:
+            _adapt_experts(model, architecture, regime)
         plain = _plain(model.get_submodule(stack))
         holes = _dig(model.get_submodule(stack), tracer, regime)
         training_model.prepare(model, recipe)
@@ -218,27 +227,56 @@ def _short_model(
     return model
 
 
+def _adapt_experts(
+    model: nn.Module, architecture: Architecture, regime: Regime
+) -> None:
+    """Installs LoRA on experts; that on linear layers goes when these become holes."""
+    targets, _, adapter_dtype = regime.experts.partition(":")
+    recipe = Recipe(
+        rank=RANK,
+        targets=targets,
+        dtype=regime.dtype,
+        autocast=regime.autocast,
+        adapter_dtype=adapter_dtype,
+    )
+    targeted = training_model.target_modules(architecture, recipe)
+    training_model.install(model, recipe, targeted)
+
+
+def _linears(stack: nn.Module) -> list[tuple[str, Any]]:
+    """Linear layers by their paths in the stack; what adapters are made of is none."""
+    found: list[tuple[str, Any]] = []
+    for path, module in stack.named_modules():
+        if any(path.startswith(f"{one}.") for one, _ in found) or ".lora_" in path:
+            continue
+        linear = getattr(module, "base_layer", module)
+        if _is_hole(linear):
+            found.append((path, linear))
+    return found
+
+
 def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]:
     """Puts holes in the place of linear layers; their paths in the stack by number."""
     under_autocast = regime.autocast != "none"
+    outputs = dict(regime.outputs)
     paths: dict[int, str] = {}
-    for path, linear in list(stack.named_modules()):
-        if not _is_hole(linear):
-            continue
+    for path, linear in _linears(stack):
         shape = linear.weight.shape
         out_features = shape[1] if isinstance(linear, Conv1D) else shape[0]
         number = len(paths)
         # What is no plain linear layer is never quantised: autocast casts it always.
         casts = regime.casts_output or (under_autocast and not _is_plain(linear))
-        dtype = getattr(torch, regime.autocast) if casts else None
+        named = outputs.get(path.partition(".")[2], regime.autocast if casts else "")
+        dtype = getattr(torch, named) if named else None
         stack.set_submodule(path, Hole(tracer, number, out_features, dtype))
         paths[number] = path
     return paths
 
 
 def _plain(stack: nn.Module) -> dict[int, bool]:
-    linears = [module for module in stack.modules() if _is_hole(module)]
-    return {number: _is_plain(linear) for number, linear in enumerate(linears)}
+    return {
+        number: _is_plain(linear) for number, (_, linear) in enumerate(_linears(stack))
+    }
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -368,7 +406,20 @@ class _Parser:
             blocks=tuple(self._block(layer) for layer in layers),
             tail=self._tape([*self._tail, *self._loss]),
             after=self._stretch(self._after),
+            carried=self._carried(next((n for n in layers if n), 0)),
         )
+
+    def _carried(self, layer: int) -> Polynomial:
+        """What a layer's forward releases of the one before it.
+
+        The first one's, which releases what comes before the layers, is taken off.
+        """
+        spans = {-1: self._before, **self._forward}
+        carried: Polynomial = {}
+        for place, sign in ((layer, 1), (0, -1)):
+            for block in _made_and_released(spans[place - 1], spans[place]):
+                carried = add(carried, self.size(block), sign)
+        return carried
 
     def track(self, layers: list[int]) -> ModelTrack:
         """The track, its blocks those of the layers at those positions."""
@@ -494,6 +545,20 @@ class _Parser:
         return self._run.numbers.get(hole, LOSS)
 
 
+def _made_and_released(making: list[Event], releasing: list[Event]) -> list[int]:
+    """Blocks that one span makes and another one releases."""
+    made = {
+        event[0]
+        for event in making
+        if not isinstance(event, HoleMark) and event[1] != FREE
+    }
+    return [
+        event[0]
+        for event in releasing
+        if not isinstance(event, HoleMark) and event[1] == FREE and event[0] in made
+    ]
+
+
 class _Writer:
     """Writes events as stretches and marks."""
 
@@ -502,6 +567,7 @@ class _Writer:
         self._events = events
         self._tape: list[Stretch | Mark] = []
         self._inputs = self._inputs_of_holes()
+        self._let_go = let_go_of(events)
         self._inside = False
         self._net: Polynomial = {}
         self._candidates: list[Polynomial] = []
@@ -532,7 +598,9 @@ class _Writer:
         if mark.kind in ("F", "B"):
             self._end_stretch()
             number = self._parser.number(mark.hole)
-            self._tape.append(Mark(kind=mark.kind, holes=(number,)))
+            owned = mark.kind == "B" and mark.hole in self._let_go
+            size = self._parser.size(mark.block) if owned else {}
+            self._tape.append(Mark(kind=mark.kind, holes=(number,), size=size))
         self._inside = mark.kind in ("F", "B")
 
     def _allocate(self, block: int) -> None:
@@ -540,6 +608,8 @@ class _Writer:
         self._candidates.append(self._net)
 
     def _free(self, block: int) -> None:
+        if block in self._let_go.values():
+            return
         if block in self._inputs:
             self._end_stretch()
             size = self._parser.size(block)

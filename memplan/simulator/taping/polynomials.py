@@ -14,6 +14,9 @@ from memplan.tape import Polynomial
 BATCH = 1031
 """A prime that divides no dimension of a model."""
 
+RANK = 1009
+"""Another such prime, the rank of adapted experts."""
+
 LENGTHS = (1016, 488)
 """Lengths of two runs: multiples of 8, as most are, each with a prime of its own, and
 below the fewest positions that a model learns."""
@@ -30,13 +33,13 @@ LARGE_BYTES = 2**12
 def sizes_in_batch(
     first: list[int], second: list[int] | None = None
 ) -> list[Polynomial]:
-    """Sizes of blocks in B and T, from a run with each of the LENGTHS.
+    """Sizes of blocks in B, T and the rank r, from a run with each of the LENGTHS.
 
     A kernel's scratch is often as long as the sequence rounded up, which no prime
     shows; how it grows from one run to the other does.
     """
     length = (LENGTHS[0], LENGTH_PRIMES[0])
-    dimensions = Dimensions({"B": (BATCH, BATCH), "T": length})
+    dimensions = Dimensions({"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)})
     sizes = [dimensions.monomial(size) for size in first]
     if second is None or len(second) != len(first):
         return sizes
@@ -52,7 +55,10 @@ def hides_length(num_bytes: int) -> bool:
 
 
 def _hides_length(size: Polynomial) -> bool:
-    return any("T" not in word and c >= LARGE_BYTES for word, c in size.items())
+    return any(
+        "T" not in word and "r" not in word and c >= LARGE_BYTES
+        for word, c in size.items()
+    )
 
 
 def _in_rounded_length(first: int, second: int) -> Polynomial:

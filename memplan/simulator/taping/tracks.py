@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from memplan.simulator.events import FREE, MARK
-from memplan.simulator.taping.holes import HoleMark, TapeTracer
+from memplan.simulator.taping.holes import Event, HoleMark, TapeTracer, let_go_of
 from memplan.tape import LOSS, Polynomial
-from memplan.track import INPUT, BlockTrack, Foreign, ModelTrack
-
-Event = tuple[int, int] | HoleMark
+from memplan.track import BlockTrack, Foreign, ModelTrack
 
 OUTSIDE = -2
 """The place of a block that no span makes."""
@@ -137,6 +135,7 @@ class _Writer:
                 inputs[event.block] = (*inputs.get(event.block, ()), hole)
         written: list[Any] = []
         begun: HoleMark | None = None
+        let_go = let_go_of(events)
         for event in events:
             if isinstance(event, HoleMark):
                 if event.kind in "FB":
@@ -145,11 +144,15 @@ class _Writer:
                 assert begun is not None
                 hole = self._tracks.hole(event)
                 ends = (self._own(begun.block), self._own(event.block))
-                written.append([begun.kind, hole, *ends])
+                owns = begun.kind == "B" and event.hole in let_go
+                own = [1] if owns and self._is_own(begun.block) else []
+                written.append([begun.kind, hole, *ends, *own])
                 begun = None
                 continue
             block, size = event
             if self._tracks.is_left_out(block):
+                continue
+            if size == FREE and block in let_go.values() and self._is_own(block):
                 continue
             if size != FREE:
                 if begun is None:
@@ -202,10 +205,10 @@ class _Writer:
 class Span:
     """Writes the events of one run between marks; some blocks have other names."""
 
-    def __init__(self, tracer: TapeTracer, hidden: int) -> None:
+    def __init__(self, tracer: TapeTracer, given: Mapping[int, str]) -> None:
         self._log = tracer.log
-        self._hidden = hidden
-        """The block that was given."""
+        self._given = given
+        """What to write where a block is released that was given."""
         self._known: dict[int, int] = {}
         self._freed = {block for block, size in self._log.events if size == FREE}
 
@@ -217,8 +220,8 @@ class Span:
         for block, size in self._log.events[begin:end]:
             if block == MARK or block in ignored:
                 continue
-            if block == self._hidden:
-                written += [INPUT] if size == FREE else []
+            if block in self._given:
+                written += [self._given[block]] if size == FREE else []
             elif size != FREE:
                 written.append(self.number(block))
             elif block in self._known:
