@@ -188,7 +188,7 @@ def least_weights_bytes(architecture: Architecture, recipe: Recipe) -> int:
     item = DTYPE_BYTES[recipe.dtype]
     if bits is None:
         return architecture.total_parameters * item
-    linear = sum(linear.num_weights for _, linear in architecture.all_linears())
+    linear = architecture.linear_weights
     return linear * bits // 8 + (architecture.total_parameters - linear) * item
 
 

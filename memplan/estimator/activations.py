@@ -77,10 +77,9 @@ class Walk:
                 self._back(item.holes[0])
 
     def stretch(self, stretch: Stretch, sizes: Sizes) -> None:
-        live = self.live
-        for peak in stretch.peaks:
-            self.peak = larger(self.peak, live + value(peak, sizes))
-        self.live = live + value(stretch.net, sizes)
+        net, peak = sizes.of(stretch)
+        self.peak = larger(self.peak, self.live + peak)
+        self.live = self.live + net
 
     def start_again(self, *, recomputing: bool) -> Any:
         """The peak so far; from here on that of the backward is looked for."""
@@ -107,10 +106,9 @@ class Walk:
         held = self._held.pop(number, None)
         if held is not None:
             self.stretch(hole.tape.releasing, hole.sizes)
-            within = value(hole.tape.backward.net, hole.sizes) - value(
-                hole.tape.releasing.net, hole.sizes
-            )
-            self.live = self.live - (held - within)
+            net, _ = hole.sizes.of(hole.tape.backward)
+            net_releasing, _ = hole.sizes.of(hole.tape.releasing)
+            self.live = self.live - (held - (net - net_releasing))
         else:
             self.stretch(hole.tape.backward, hole.sizes)
         gradient = hole.gradient_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -112,11 +111,7 @@ def _adapted(
     if not alike:
         found = methods.adapted_linears(architecture, recipe)
         return frozenset(path for path, _ in found)
-    firsts = tuple(
-        dataclasses.replace(block, layers=block.layers[:1])
-        for block in architecture.blocks
-    )
-    few = dataclasses.replace(architecture, blocks=firsts)
+    few = architecture.one_of_each
     return frozenset(path for path, _ in methods.adapted_linears(few, recipe))
 
 

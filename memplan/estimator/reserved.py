@@ -73,7 +73,7 @@ class Card:
 
     def __init__(self, capacity_bytes: int | None) -> None:
         self.allocator = CachingAllocator(
-            AllocatorSettings(), capacity_bytes, by_pool=False
+            AllocatorSettings(), capacity_bytes, counted=False
         )
         self.small = 0
         self.small_peak = 0

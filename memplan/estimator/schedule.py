@@ -231,10 +231,9 @@ class _Stepper:
         self._parts = parts
         self._tokens = batch * length
         self._sizes = Sizes({"": 1, "B": batch, "T": length})
+        self._linear_sizes: dict[tuple[int, int, int], Sizes] = {}
         self._accumulates = parts.recipe.accumulation > 1
-        self._layers = [
-            (part, self._layer(part, batch * length)) for part in parts.groups
-        ]
+        self._layers = [(part, self._layer(part)) for part in parts.groups]
         self._loss = loss_bytes(parts.loss, self._tokens)
         self._kept = sum(part.count * layer.kept for part, layer in self._layers)
         self._cached = sum(part.count * layer.cached for part, layer in self._layers)
@@ -250,19 +249,11 @@ class _Stepper:
             left=self._loss.left + self._stuck_in_output,
         )
 
-    def _layer(self, part: GroupPart, tokens: Any) -> LayerBytes:
+    def _layer(self, part: GroupPart) -> LayerBytes:
         holes = tuple(
             Hole(
                 tape=linear.tape,
-                sizes=Sizes(
-                    {
-                        "": 1,
-                        "N": tokens,
-                        "i": linear.in_features,
-                        "o": linear.out_features,
-                        "r": linear.rank,
-                    }
-                ),
+                sizes=self._sizes_of(linear),
                 gradient_bytes=linear.gradient_bytes,
             )
             for linear in part.linears
@@ -275,6 +266,16 @@ class _Stepper:
             offloaded=part.checkpointed and self._parts.recipe.offload,
             accumulates=self._accumulates,
         )
+
+    def _sizes_of(self, linear: LinearPart) -> Sizes:
+        """The sizes of a linear layer, which those of its shape and rank share."""
+        shape = (linear.in_features, linear.out_features, linear.rank)
+        if shape not in self._linear_sizes:
+            dimensions = zip("ior", shape, strict=True)
+            self._linear_sizes[shape] = Sizes(
+                {"": 1, "N": self._tokens, **dict(dimensions)}
+            )
+        return self._linear_sizes[shape]
 
     def _forward(self) -> Iterator[Candidate]:
         """The embedding and the masks, then the last layer of each kind."""
