@@ -25,6 +25,11 @@ class Role:
     options: tuple[tuple[str, Any], ...] = ()
     """The method's options for this layer, defaults included."""
 
+    @property
+    def treatment(self) -> tuple[Any, ...]:
+        """What becomes of it besides its rank."""
+        return self.quantized, self.adapted, self.options
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from memplan import methods, optimizers
 from memplan.estimator.polynomials import rounded
@@ -46,14 +47,16 @@ def step_blocks(trained: Trained, recipe: Recipe) -> list[int]:
     tensors = in_order(trained)
     if not tensors:
         return []
-    sizes = [tensor.bytes_each for tensor in tensors]
+    bytes_each = {id(tensor): tensor.bytes_each for tensor in trained.with_gradient}
+    sizes = [bytes_each[id(tensor)] for tensor in tensors]
     optimizer = optimizers.find(recipe.optimizer)
     return list(optimizer.step_blocks(sizes, tensors[0].item))
 
 
 def step_bytes(trained: Trained, recipe: Recipe) -> int:
     """What a step holds at once besides state and gradients."""
-    return sum(map(rounded, step_blocks(trained, recipe)))
+    counts = Counter(step_blocks(trained, recipe))
+    return sum(count * rounded(size) for size, count in counts.items())
 
 
 def clip_bytes(trained: Trained) -> int:

@@ -27,9 +27,11 @@ class Sizes(dict[str, Any]):
         """A stretch's net bytes and its peak, which layers of one shape share."""
         known = self._stretches.get(id(stretch))
         if known is None:
-            peaks = (value(polynomial, self) for polynomial in stretch.peaks)
-            choose = max if self._are_numbers else larger
-            peak = functools.reduce(choose, peaks, -math.inf)
+            peaks = [value(polynomial, self) for polynomial in stretch.peaks]
+            if self._are_numbers:
+                peak = max(peaks, default=-math.inf)
+            else:
+                peak = functools.reduce(larger, peaks, -math.inf)
             known = self._stretches[id(stretch)] = value(stretch.net, self), peak
         return known
 

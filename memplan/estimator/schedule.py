@@ -171,11 +171,16 @@ def _group(  # noqa: PLR0913 - each says what the layers are
     tape = tapes.model_tape(architecture, regime).blocks[kind]
     roles = {role.linear.path: role for role in group.roles}
     linears = []
+    known: dict[Any, LayerTape] = {}
     for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
         role = roles[path]
+        alike = (role.treatment, role.linear.bias, input_dtype)
+        if alike not in known:
+            layer = layer_regime(recipe, role, input_dtype)
+            known[alike] = tapes.layer_tape(layer)
         linears.append(
             LinearPart(
-                tape=tapes.layer_tape(layer_regime(recipe, role, input_dtype)),
+                tape=known[alike],
                 in_features=role.linear.in_features,
                 out_features=role.linear.out_features,
                 rank=role.rank,

@@ -94,9 +94,7 @@ def test_nothing_fits_where_the_weights_do_not() -> None:
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("budget", [-1, 0, 1, 5, 999, 10**4, 10**7, 10**9])
 @pytest.mark.parametrize("start", [0, 1, 300, 998, 5000])
-def test_guesses_find_what_trying_all_does(
-    power: int, budget: int, start: int
-) -> None:
+def test_guesses_find_what_trying_all_does(power: int, budget: int, start: int) -> None:
     values = range(1, 1000, 3)
     fitting = [value for value in values if value**power <= budget]
     asked = []
