@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from memplan import accuracy, importers, runs
+from memplan import accuracy, importers
 from memplan.accuracy import Comparison
 from memplan.commands.options import json_option, without_compiler
 from memplan.errors import InputError

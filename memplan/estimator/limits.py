@@ -77,7 +77,7 @@ def _cache_bytes(estimate: Estimate, gpu: Gpu) -> int:
     footprint = estimate.footprint
     if footprint.failed_moment is None:
         return 0
-    allocated = round(life_peak_bytes(estimate.parts, estimate.step))
+    allocated: int = round(life_peak_bytes(estimate.parts, estimate.step))
     return max(gpu.budget_bytes + footprint.missing_bytes - allocated, 0)
 
 
@@ -99,9 +99,9 @@ class _Room:
     def margin_bytes(self, batch: int, length: int) -> int:
         """What is left at the life's peak; negative where it lacks."""
         parts = self._parts_at(length)
-        return self._room_bytes - round(
-            life_peak_bytes(parts, self._step(parts, batch, length))
-        )
+        step = self._step(parts, batch, length)
+        peak_bytes: int = round(life_peak_bytes(parts, step))
+        return self._room_bytes - peak_bytes
 
     def _step(self, parts: Parts, batch: int, length: int) -> Step:
         recipe = self._base.recipe
