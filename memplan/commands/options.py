@@ -306,6 +306,7 @@ def _read_text(file: str, field: str = "--recipe") -> str:
 
 
 def decorated(function: Function, options: Any) -> Function:
+    """The function with several of click's options, in their order."""
     return functools.reduce(lambda f, option: option(f), reversed(options), function)
 
 

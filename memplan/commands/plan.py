@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
+from memplan.planner.means import less_margin, means_on
 from memplan.planner.modules import GRANULARITIES, adapted_linears
 from memplan.planner.ranks import DEFAULT_PRIOR, EXPLAINED_VARIANCE, ROBUST
 from memplan.planner.value import priors
@@ -165,11 +165,9 @@ def command(  # noqa: PLR0913 - each is an option
     )
     title = f"Planning {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():
-        means = decide.Means(
-            estimate=estimate_on(architecture, gpu),
-            verify=simulation_on(architecture, gpu, base, floors.margin_bytes),
-            parameters=parameters_on(architecture, gpu),
-        )
+        margin_bytes = floors.margin_bytes
+        verify = simulation_on(architecture, gpu, base, margin_bytes)
+        means = means_on(architecture, gpu, margin_bytes, verify)
         made = decide.plan(architecture, gpu, asked, means)
     if values is not None:
         told = f"What was measured of the layers is in {values_file}."
@@ -217,22 +215,6 @@ def _values(
     return values
 
 
-def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
-    """The closed form's footprint of a recipe on the card."""
-    from memplan import estimator
-
-    return lambda recipe: estimator.run(architecture, recipe, gpu).footprint
-
-
-def parameters_on(
-    architecture: Architecture, gpu: Gpu
-) -> Callable[[Recipe], Mapping[str, int]]:
-    """The parameters of a recipe, in all and trained, as the closed form counts."""
-    from memplan import estimator
-
-    return lambda recipe: estimator.run(architecture, recipe, gpu).parameters
-
-
 def simulation_on(
     architecture: Architecture, gpu: Gpu, base: Recipe, margin_bytes: int
 ) -> Estimate | None:
@@ -241,18 +223,15 @@ def simulation_on(
         simulator = import_simulator(base)
     except MissingExtraError:
         return None
-    kept_back = gpu.reserve_bytes + margin_bytes
-    tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
 
-    def of(recipe: Recipe) -> Footprint:
+    def simulated(recipe: Recipe, card: Gpu) -> Footprint:
         run = simulator.run(
-            architecture, recipe, tighter, missing_precision=MISSING_PRECISION
+            architecture, recipe, card, missing_precision=MISSING_PRECISION
         )
         found: Footprint = run.footprint
-        capacity_bytes = gpu.budget_bytes + gpu.context_bytes
-        return dataclasses.replace(found, capacity_bytes=capacity_bytes)
+        return found
 
-    return of
+    return less_margin(gpu, margin_bytes, simulated)
 
 
 def _longest(lengths: Lengths, min_seq: int | None) -> int:

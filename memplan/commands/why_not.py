@@ -17,7 +17,7 @@ from memplan.commands.options import (
     trust_option,
     without_compiler,
 )
-from memplan.commands.plan import estimate_on
+from memplan.planner.means import estimate_on
 from memplan.planner.why_not import Question
 from memplan.reporters import json, terminal
 from memplan.reporters import why_not as reporter
