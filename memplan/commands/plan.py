@@ -226,7 +226,11 @@ def simulation_on(
 
     def simulated(recipe: Recipe, card: Gpu) -> Footprint:
         run = simulator.run(
-            architecture, recipe, card, missing_precision=MISSING_PRECISION
+            architecture,
+            recipe,
+            card,
+            missing_precision=MISSING_PRECISION,
+            advises=False,
         )
         found: Footprint = run.footprint
         return found

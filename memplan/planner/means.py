@@ -13,6 +13,10 @@ from memplan.gpu import Gpu
 from memplan.planner.choices import Estimate
 from memplan.recipe import Recipe
 
+SCREEN_PRECISION = 4
+"""What a screened recipe lacks is found to one part in so many: every halving is a
+replay of all layers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Means:
@@ -38,7 +42,9 @@ def means_on(
 
     def replayed(recipe: Recipe, card: Gpu) -> Footprint:
         found = estimator.run(architecture, recipe, card)
-        return estimator.replayed(found, card).footprint
+        return estimator.replayed(
+            found, card, missing_precision=SCREEN_PRECISION
+        ).footprint
 
     return Means(
         estimate=estimate_on(architecture, gpu),
