@@ -496,7 +496,7 @@ class CachingAllocator:
     limit). `device_bytes` is the card's whole memory (totalGlobalMem), which
     `per_process_memory_fraction` and `throw_on_cudamalloc_oom` are relative to.
     `descending` says whether the driver places a new segment below the earlier ones,
-    `by_pool` whether statistics are kept of each pool, and not of both alone.
+    `counted` whether statistics are kept of blocks, and not of what is reserved alone.
     Raises InputError if settings need `device_bytes` and it is None.
     """
 
@@ -507,7 +507,7 @@ class CachingAllocator:
         *,
         device_bytes: int | None = None,
         descending: bool = True,
-        by_pool: bool = True,
+        counted: bool = True,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self._descending = descending
@@ -533,8 +533,8 @@ class CachingAllocator:
         self._heads: dict[int, Block] = {}
         self._all = _PoolStatistics()
         large_bytes = settings.large_segment_size_bytes
-        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all, by_pool)
-        self._large = _SizeClass("large", large_bytes, self._all, by_pool)
+        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all, counted)
+        self._large = _SizeClass("large", large_bytes, self._all, counted)
         self._oversize_allocations = _Statistic()
         self._oversize_segments = _Statistic()
         self.num_alloc_retries = 0
@@ -1005,12 +1005,12 @@ class CachingAllocator:
 
     def _count_device_alloc(self, pool: _Pool, num_bytes: int) -> None:
         self.num_device_alloc += 1
-        for statistics in pool.statistics:
+        for statistics in pool.size_class.reserving:
             statistics.reserved_bytes.increase(num_bytes)
 
     def _count_device_free(self, pool: _Pool, num_bytes: int) -> None:
         self.num_device_free += 1
-        for statistics in pool.statistics:
+        for statistics in pool.size_class.reserving:
             statistics.reserved_bytes.decrease(num_bytes)
 
     def _out_of_memory(self, num_bytes: int) -> OutOfMemory:
@@ -1132,13 +1132,15 @@ class _SizeClass:
     """The small or the large pool of all streams (BlockPool)."""
 
     def __init__(
-        self, name: str, page_bytes: int, all_: _PoolStatistics, by_pool: bool
+        self, name: str, page_bytes: int, all_: _PoolStatistics, counted: bool
     ) -> None:
         self.name = name
         self.page_bytes = page_bytes
         self.num_searches = 0
         self.own = _PoolStatistics()
-        self.statistics = (all_, self.own) if by_pool else (all_,)
+        both = (all_, self.own)
+        self.statistics = both if counted else ()
+        self.reserving = both
         self.pools: dict[int, _Pool] = {}
 
     def add_pool(self, stream: int) -> _Pool:

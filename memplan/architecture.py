@@ -155,6 +155,24 @@ class Architecture:
         return in_blocks + _count(self.linears) + _count(self.parameters)
 
     @property
+    def linear_weights(self) -> int:
+        """Weights of all linear layers, their biases left out."""
+        in_blocks = sum(
+            linear.num_weights * len(block.layers)
+            for block in self.blocks
+            for linear in block.linears
+        )
+        return in_blocks + sum(linear.num_weights for linear in self.linears)
+
+    @property
+    def one_of_each(self) -> Architecture:
+        """The model with the first layer alone of each kind."""
+        firsts = tuple(
+            dataclasses.replace(block, layers=block.layers[:1]) for block in self.blocks
+        )
+        return dataclasses.replace(self, blocks=firsts)
+
+    @property
     def parameters_by_kind(self) -> dict[str, int]:
         """Parameters by PARAMETER_KINDS, kinds without any left out."""
         counts = dict.fromkeys(PARAMETER_KINDS, 0)

@@ -31,6 +31,7 @@ from memplan.profiler.environment import card, environment
 from memplan.profiler.meter import Meter, Moments
 from memplan.profiler.task import WARM_UP_STEPS, Task
 from memplan.recipe import Recipe
+from memplan.store import RUNS_FOLDER
 from memplan.units import format_bytes
 
 SOURCE = "memplan callback"
@@ -187,7 +188,7 @@ def watch(  # noqa: PLR0913 - each says something else of the training
     *,
     name: str = "",
     steps: int = WARM_UP_STEPS + 1,
-    out: str | Path | None = runs.FOLDER,
+    out: str | Path | None = RUNS_FOLDER,
 ) -> Iterator[Watch]:
     """Reads the first steps of the plain loop that runs within.
 
@@ -217,7 +218,7 @@ class MemplanCallback(transformers.TrainerCallback):
         *,
         name: str = "",
         steps: int = WARM_UP_STEPS + 1,
-        out: str | Path | None = runs.FOLDER,
+        out: str | Path | None = RUNS_FOLDER,
     ) -> None:
         self._recipe = recipe
         self._name = name

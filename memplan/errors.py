@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Iterable
 
@@ -96,6 +95,8 @@ _SHORT = _short()
 
 def near_names(value: str, known: Iterable[str]) -> list[str]:
     """At most six of the known names that resemble the value, nearest first."""
+    import difflib
+
     by_key = {name.casefold(): name for name in known}
     key = value.casefold()
     near = difflib.get_close_matches(key, by_key, n=6, cutoff=0.5)

@@ -10,6 +10,7 @@ from typing import Any
 from memplan import estimator, methods, quantizations
 from memplan.architecture import Architecture
 from memplan.errors import InputError, MissingExtraError
+from memplan.estimator import Estimate
 from memplan.estimator.limits import longest_sequence
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.footprint import Footprint
@@ -61,8 +62,8 @@ class Answer:
     way: Way
     recipe: Recipe
     footprint: Footprint | None = None
-    longest_sequence: int | None = None
-    """The longest that fits at the batch; None where none does."""
+    estimate: Estimate | None = None
+    """Where the footprint is from."""
     weights_bytes: int = 0
     """What the stored weights take at the least."""
     problem: str = ""
@@ -72,6 +73,16 @@ class Answer:
     def fits(self) -> bool:
         """Whether the recipe as it is fits."""
         return self.footprint is not None and bool(self.footprint.fits)
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """The longest that fits at the batch; None where none does.
+
+        It is looked for when it is asked for.
+        """
+        if self.estimate is None:
+            return None
+        return longest_sequence(self.estimate, self.estimate.parts.gpu)
 
     @property
     def device_bytes(self) -> int | None:
@@ -188,7 +199,7 @@ def least_weights_bytes(architecture: Architecture, recipe: Recipe) -> int:
     item = DTYPE_BYTES[recipe.dtype]
     if bits is None:
         return architecture.total_parameters * item
-    linear = sum(linear.num_weights for _, linear in architecture.all_linears())
+    linear = architecture.linear_weights
     return linear * bits // 8 + (architecture.total_parameters - linear) * item
 
 
@@ -213,11 +224,11 @@ def _answer(
         return known
     try:
         estimate = estimator.run(architecture, recipe, gpu)
-        longest = longest_sequence(estimate, gpu)
+        if estimate.parts.tape.window is not None:
+            # Beyond the window another tape is needed, which may be missing.
+            longest_sequence(estimate, gpu)
     except InputError as error:
         if thorough and isinstance(error, MissingExtraError):
             raise
         return dataclasses.replace(known, problem=str(error))
-    return dataclasses.replace(
-        known, footprint=estimate.footprint, longest_sequence=longest
-    )
+    return dataclasses.replace(known, footprint=estimate.footprint, estimate=estimate)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import notebook
 from memplan.errors import MemplanError
 from memplan.units import format_bytes
 
@@ -174,6 +173,8 @@ class Footprint:
 
     def _repr_html_(self) -> str:
         """The verdict and the breakdown of the peak, as a notebook shows them."""
+        from memplan import notebook
+
         parts = {name: size for name, size in self.breakdown.items() if size}
         largest = max(parts.values(), default=1)
         rows = [

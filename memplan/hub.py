@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -252,6 +251,8 @@ def _quiet() -> Iterator[None]:
 
     Unless its user asked for more than warnings (HF_HUB_VERBOSITY, HF_DEBUG).
     """
+    import logging
+
     library = logging.getLogger("huggingface_hub")
     thread = threading.get_ident()
 

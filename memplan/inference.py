@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
-from memplan.life import GENERATED_TOKENS, room_for_tokens
 from memplan.recipe import Recipe
+
+GENERATED_TOKENS = 256
+"""Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
 
 SEPARATE = "separate"
 MERGED = "merged"
@@ -52,6 +55,13 @@ class Inference:
             )
         adapters = NONE if recipe.method == "full" else self.adapters
         return dataclasses.replace(self, adapters=adapters)
+
+
+def room_for_tokens(architecture: Architecture, recipe: Recipe) -> int:
+    """Tokens that may follow a prompt before the learned positions end."""
+    if not architecture.learned_positions or architecture.max_positions is None:
+        return sys.maxsize
+    return architecture.max_positions - recipe.sequence_length
 
 
 def loaded_as(recipe: Recipe) -> Recipe:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
+from memplan.inference import GENERATED_TOKENS, room_for_tokens
 from memplan.recipe import Recipe
 
 EVALUATION_BATCH = 8
@@ -15,9 +15,6 @@ EVALUATION_BATCH = 8
 
 EVALUATION_BATCHES = 2
 """The fewest after which what an evaluation keeps has been joined once."""
-
-GENERATED_TOKENS = 256
-"""Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
 
 CARD = "card"
 HOST = "host"
@@ -146,13 +143,6 @@ class LifeOptions:
         if num_tokens <= 0:
             return None
         return Generation(batch_size=batch_size, num_tokens=num_tokens)
-
-
-def room_for_tokens(architecture: Architecture, recipe: Recipe) -> int:
-    """Tokens that may follow a prompt before the learned positions end."""
-    if not architecture.learned_positions or architecture.max_positions is None:
-        return sys.maxsize
-    return architecture.max_positions - recipe.sequence_length
 
 
 def _note_of_evaluation(evaluation: Evaluation, recipe: Recipe) -> str:

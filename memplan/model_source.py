@@ -7,7 +7,6 @@ never reaches the hub, and a single word never does either.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import stat
 from pathlib import Path
@@ -192,6 +191,8 @@ def _read_hub(model: str) -> ModelSource:
 
 def _very_near_names(model: str) -> list[str]:
     """Catalog names with the same last part, which owners share, or almost the same."""
+    import difflib
+
     key = model.casefold()
     keys = {name.casefold(): name for name in catalog_names()}
     last = f"/{key.rpartition('/')[2]}"

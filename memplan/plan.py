@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from memplan import notebook
 from memplan.errors import InputError
 from memplan.footprint import OUTSIDE_TORCH, Footprint, Moment
 from memplan.gpu import Gpu
@@ -91,6 +90,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """What to run, what it takes and why, as a notebook shows it."""
+        from memplan import notebook
+
         asked = self.recipe.to_json()
         rows = [
             (key, f"{value}")

@@ -16,11 +16,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan.errors import InputError
-from memplan.simulation import Simulation
 from memplan.store import read_json, write_json
+
+if TYPE_CHECKING:
+    from memplan.simulation import Simulation
 
 ENVIRONMENT = "MEMPLAN_CACHE"
 
@@ -40,6 +42,8 @@ def load(name: str) -> Simulation | None:
     file = None if folder is None else folder / f"{name}.json"
     if file is None or not file.is_file():
         return None
+    from memplan.simulation import Simulation
+
     try:
         return Simulation.from_json(read_json(file))
     except (InputError, KeyError, TypeError):

@@ -14,9 +14,6 @@ from memplan.errors import InputError, UnknownNameError
 from memplan.profile import Profile, slug
 from memplan.store import profiles_path, read_json, write_json
 
-FOLDER = Path("profiles") / "runs"
-"""Where runs are kept, seen from the working folder."""
-
 _FIELD = "--out"
 
 

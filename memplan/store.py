@@ -12,6 +12,9 @@ from typing import Any
 
 from memplan.errors import InputError, MemplanError
 
+RUNS_FOLDER = Path("profiles") / "runs"
+"""Where measured runs are kept, seen from the working folder."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

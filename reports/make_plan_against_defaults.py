@@ -17,11 +17,12 @@ from memplan import estimator, simulator
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.catalog import inspect
-from memplan.commands.plan import estimate_on, parameters_on, simulation_on
+from memplan.commands.plan import simulation_on
 from memplan.estimator.limits import longest_sequence
 from memplan.gpu import Gpu, find_gpu
 from memplan.planner import choices, decide
 from memplan.planner.choices import Floors
+from memplan.planner.means import means_on
 from memplan.planner.ranks import DEFAULT_PRIOR
 from memplan.planner.search import rated
 from memplan.planner.speed import step_cost
@@ -174,11 +175,8 @@ def planned(architecture: Architecture, gpu: Gpu) -> Recipe:
         granularity="by-type",
         prior=DEFAULT_PRIOR,
     )
-    means = decide.Means(
-        estimate=estimate_on(architecture, gpu),
-        verify=simulation_on(architecture, gpu, base, margin_bytes),
-        parameters=parameters_on(architecture, gpu),
-    )
+    verify = simulation_on(architecture, gpu, base, margin_bytes)
+    means = means_on(architecture, gpu, margin_bytes, verify)
     return decide.plan(architecture, gpu, asked, means).recipe
 
 

@@ -22,14 +22,14 @@ from typing import Any
 from memplan import simulator
 from memplan.architecture import Architecture
 from memplan.catalog import inspect
-from memplan.commands.plan import estimate_on, parameters_on, simulation_on
+from memplan.commands.plan import simulation_on
 from memplan.errors import InputError
 from memplan.gpu import Gpu, find_gpu, gpus
 from memplan.planner import choices, decide
 from memplan.planner.choices import Floors, excess_bytes
+from memplan.planner.means import Means, means_on
 from memplan.planner.modules import GRANULARITIES
 from memplan.planner.ranks import DEFAULT_PRIOR
-from memplan.planner.search import Search
 from memplan.recipe import Recipe
 from memplan.reporters.json import versions
 from memplan.units import GIB
@@ -165,11 +165,7 @@ def answer(pair: Pair) -> dict[str, Any]:
         granularity=GRANULARITIES[1],
         prior=DEFAULT_PRIOR,
     )
-    means = decide.Means(
-        estimate=estimate_on(architecture, gpu),
-        verify=counted,
-        parameters=parameters_on(architecture, gpu),
-    )
+    means = means_on(architecture, gpu, margin_bytes, counted)
     try:
         made = decide.plan(architecture, gpu, asked, means)
     except InputError as error:
@@ -200,20 +196,10 @@ def _refused(
     architecture: Architecture,
     gpu: Gpu,
     asked: decide.Asked,
-    means: decide.Means,
+    means: Means,
     error: InputError,
 ) -> dict[str, Any]:
-    search = Search(
-        architecture=architecture,
-        gpu=gpu,
-        base=asked.base,
-        given=asked.given,
-        estimate=means.estimate,
-        verify=means.estimate,
-        floors=asked.floors,
-        prefer=asked.prefer,
-    )
-    smallest = search.smallest()
+    smallest = decide.search_of(architecture, gpu, asked, means).smallest()
     kept_back = gpu.reserve_bytes + asked.floors.margin_bytes
     tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
     footprint = simulator.simulate(architecture, smallest, tighter)

@@ -93,6 +93,8 @@ def test_plan_on_a_terminal_says_why(model: str) -> None:
     assert ran.code == 0
     assert "Rank is not the bottleneck" in ran.out
     assert "verified by simulation" in ran.out
+    assert "tier T0" in ran.out
+    assert "gap" in ran.out
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,8 @@ def test_plan_on_a_terminal_says_why(model: str) -> None:
     [
         ([], "--gpu"),
         (["--gpu", "RTX 3060", "--margin", "1"], "--margin"),
+        (["--gpu", "RTX 3060", "--margin", "40GB"], "--margin"),
+        (["--gpu", "12GB", "--effective-batch", "7", "--batch", "2"], "7 is not made"),
         (["--gpu", "RTX 3060", "--loss", "ful"], "loss"),
     ],
 )
@@ -110,6 +114,17 @@ def test_plan_refuses_in_a_sentence(
 
     assert (ran.code, ran.out) == (2, "")
     assert message in ran.err
+
+
+def test_effective_batch_is_made_of_the_accumulation_that_is_given(model: str) -> None:
+    ran = run(
+        *("plan", model, "--gpu", "RTX 3060", *SETTLED, "--json"),
+        *("--effective-batch", "8", "--accumulation", "4"),
+    )
+
+    assert (ran.code, ran.err) == (0, "")
+    recipe = json.loads(ran.out)["recipe"]
+    assert (recipe["batch_size"], recipe["accumulation"]) == (2, 4)
 
 
 def test_why_not_answers_as_an_object(model: str) -> None:

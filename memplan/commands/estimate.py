@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from memplan import estimator
 from memplan.architecture import Architecture
-from memplan.batching import Batch, batches, lengths_json, longest_batch
 from memplan.commands.options import (
     RecipeCommand,
     asked_architecture,
@@ -25,17 +24,19 @@ from memplan.commands.options import (
     trust_option,
 )
 from memplan.errors import InputError
-from memplan.estimator import inference as closed_form
 from memplan.estimator.equations import terms
 from memplan.estimator.limits import Limits, limits
 from memplan.gpu import Gpu
 from memplan.inference import Inference
-from memplan.lengths import Lengths
 from memplan.recipe import Recipe
 from memplan.reporters import estimate as reporter
 from memplan.reporters import json
 from memplan.reporters.footprint import report_notes, report_residuals
 from memplan.residuals import comparable_errors
+
+if TYPE_CHECKING:
+    from memplan.batching import Batch
+    from memplan.lengths import Lengths
 
 
 @click.command(cls=RecipeCommand)
@@ -69,10 +70,15 @@ def command(
         _refuse_lengths(lengths_file)
         return _answer(architecture, recipe, inference, gpu, explain, as_json)
     found = lengths_of(lengths_file, architecture.name, keys)
+    made: Sequence[Batch] = ()
+    of_lengths: dict[str, Any] = {}
     if found is not None:
-        recipe = longest_batch(recipe, found, padded=keys.get("padded"))
+        from memplan import batching
+
+        recipe = batching.longest_batch(recipe, found, padded=keys.get("padded"))
+        made = batching.batches(architecture, recipe, gpu, found)
+        of_lengths = {"lengths": batching.lengths_json(found, made)}
     estimate = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
-    made = () if found is None else batches(architecture, recipe, gpu, found)
     room = None if gpu is None else limits(estimate, gpu)
     footprint = estimate.footprint
     listed = terms(estimate)
@@ -93,7 +99,7 @@ def command(
                 "terms": [term.to_json() for term in listed],
                 "residuals": json.residuals(errors),
             }
-            | ({} if found is None else {"lengths": lengths_json(found, made)})
+            | of_lengths
         )
     else:
         reporter.report(architecture, recipe, gpu, estimate, listed)
@@ -115,6 +121,8 @@ def _answer(  # noqa: PLR0913 - each is a part of what is asked and told
     as_json: bool,
 ) -> int:
     """Estimates and prints inference; the exit code."""
+    from memplan.estimator import inference as closed_form
+
     estimate = closed_form.run(architecture, recipe, inference, gpu)
     inference = estimate.parts.inference
     room = None if gpu is None else closed_form.limits(estimate, gpu)

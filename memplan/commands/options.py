@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,9 +18,7 @@ from memplan.catalog import architecture_of
 from memplan.errors import InputError
 from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
-from memplan.inference import ADAPTERS, SEPARATE, Inference
-from memplan.lengths import Lengths, read_lengths, tokens_of
-from memplan.life import GENERATED_TOKENS, MERGE_PLACES, LifeOptions
+from memplan.inference import ADAPTERS, GENERATED_TOKENS, SEPARATE, Inference
 from memplan.model_source import read_config
 from memplan.recipe import (
     Printed,
@@ -30,8 +28,11 @@ from memplan.recipe import (
     read_printed_text,
     read_recipe_text,
 )
-from memplan.runs import FOLDER as RUNS_FOLDER
+from memplan.store import RUNS_FOLDER
 from memplan.units import parse_size
+
+if TYPE_CHECKING:
+    from memplan.lengths import Lengths
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -77,7 +78,7 @@ def gpu_options(function: Function) -> Function:
             help="Whose driver the card runs under.",
         ),
     )
-    return _decorated(function, options)
+    return decorated(function, options)
 
 
 def take_gpu(options: dict[str, Any]) -> Gpu | None:
@@ -128,69 +129,13 @@ def lengths_of(file: str | None, model: str, keys: dict[str, Any]) -> Lengths | 
     """
     if file is None:
         return None
+    from memplan.lengths import read_lengths, tokens_of
+
     found = read_lengths(file, lambda texts: tokens_of(texts, model))
     limit = keys.get("sequence_length")
     if limit is None:
         return found
     return found.cut(Recipe(sequence_length=limit).sequence_length)
-
-
-def life_options(function: Function) -> Function:
-    """The options that say what a fine-tune goes through besides its steps."""
-    count = click.IntRange(min=1)
-    options = (
-        click.option(
-            "--life",
-            "whole_life",
-            is_flag=True,
-            help="Resume, evaluate, generate, save and merge.",
-        ),
-        click.option(
-            "--eval-batch",
-            type=count,
-            metavar="N",
-            help="Evaluate, on batches of N [a trainer's 8, or the batch size].",
-        ),
-        click.option(
-            "--eval-batches",
-            type=count,
-            metavar="N",
-            help="Evaluate, on N batches [2].",
-        ),
-        click.option(
-            "--prediction-loss-only",
-            is_flag=True,
-            help="Evaluate, keeping losses and no logits.",
-        ),
-        click.option(
-            "--generate",
-            type=count,
-            metavar="TOKENS",
-            help="Generate so many tokens after a batch of prompts.",
-        ),
-        click.option("--save", is_flag=True, help="Save what was trained."),
-        click.option(
-            "--merge",
-            type=click.Choice(MERGE_PLACES),
-            help="Merge the adapters into the weights, there.",
-        ),
-        click.option("--resume", is_flag=True, help="Begin at a checkpoint."),
-    )
-    return _decorated(function, options)
-
-
-def take_life(options: dict[str, Any]) -> LifeOptions:
-    """What of a life the command's options ask for; takes them out of these."""
-    return LifeOptions(
-        whole=options.pop("whole_life"),
-        eval_batch=options.pop("eval_batch"),
-        eval_batches=options.pop("eval_batches"),
-        prediction_loss_only=options.pop("prediction_loss_only"),
-        generate=options.pop("generate"),
-        save=options.pop("save"),
-        merge=options.pop("merge"),
-        resume=options.pop("resume"),
-    )
 
 
 def inference_options(function: Function) -> Function:
@@ -216,7 +161,7 @@ def inference_options(function: Function) -> Function:
             f"[{SEPARATE}].",
         ),
     )
-    return _decorated(function, options)
+    return decorated(function, options)
 
 
 def take_inference(options: dict[str, Any]) -> Inference | None:
@@ -276,7 +221,7 @@ def key_options(function: Function) -> Function:
         options.append(
             click.option(*names, field.name, metavar=_metavar(field), help=_help(field))
         )
-    return _decorated(function, options)
+    return decorated(function, options)
 
 
 _ALIASES = {"batch_size": ("--batch",), "sequence_length": ("--seq",)}
@@ -360,7 +305,8 @@ def _read_text(file: str, field: str = "--recipe") -> str:
         raise InputError(field, file, problem, remedy) from error
 
 
-def _decorated(function: Function, options: Any) -> Function:
+def decorated(function: Function, options: Any) -> Function:
+    """The function with several of click's options, in their order."""
     return functools.reduce(lambda f, option: option(f), reversed(options), function)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.planner import choices, decide
 from memplan.planner.choices import Estimate, Floors
+from memplan.planner.means import less_margin, means_on
 from memplan.planner.modules import GRANULARITIES, adapted_linears
 from memplan.planner.ranks import DEFAULT_PRIOR, EXPLAINED_VARIANCE, ROBUST
 from memplan.planner.value import priors
 from memplan.recipe import Recipe
 from memplan.reporters import json, terminal
 from memplan.reporters import plan as reporter
-from memplan.units import parse_size
+from memplan.units import format_bytes, parse_size
 from memplan.values import Values, keep_values, read_values
 
 MISSING_PRECISION = 1
@@ -60,9 +61,7 @@ looked for: every look is a replay of the whole step."""
 @click.option(
     "--effective-batch",
     type=click.IntRange(min=1),
-    default=choices.EFFECTIVE_BATCH,
-    show_default=True,
-    help="Sequences of an optimizer step.",
+    help=f"Sequences of an optimizer step [{choices.EFFECTIVE_BATCH}].",
 )
 @click.option("--min-rank", type=click.IntRange(min=1), default=choices.RANKS[0])
 @click.option(
@@ -110,7 +109,7 @@ def command(  # noqa: PLR0913 - each is an option
     lengths_file: str | None,
     prefer: str,
     min_seq: int | None,
-    effective_batch: int,
+    effective_batch: int | None,
     min_rank: int,
     ranks: str,
     prior: str | None,
@@ -136,9 +135,13 @@ def command(  # noqa: PLR0913 - each is an option
     if lengths is not None:
         keys |= {"sequence_length": _longest(lengths, min_seq)}
     base = Recipe.from_mapping(keys)
+    whole = _effective_batch(effective_batch, base, keys)
+    if effective_batch is not None and "accumulation" in keys:
+        keys |= {"batch_size": whole // base.accumulation}
+        base = Recipe.from_mapping(keys)
     floors = Floors(
         sequence_length=min_seq or base.sequence_length,
-        effective_batch=effective_batch,
+        effective_batch=whole,
         rank=min_rank,
         margin_bytes=_margin(margin, gpu),
         ragged=lengths is not None and lengths.differ,
@@ -165,11 +168,9 @@ def command(  # noqa: PLR0913 - each is an option
     )
     title = f"Planning {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():
-        means = decide.Means(
-            estimate=estimate_on(architecture, gpu),
-            verify=simulation_on(architecture, gpu, base, floors.margin_bytes),
-            parameters=parameters_on(architecture, gpu),
-        )
+        margin_bytes = floors.margin_bytes
+        verify = simulation_on(architecture, gpu, base, margin_bytes)
+        means = means_on(architecture, gpu, margin_bytes, verify)
         made = decide.plan(architecture, gpu, asked, means)
     if values is not None:
         told = f"What was measured of the layers is in {values_file}."
@@ -217,22 +218,6 @@ def _values(
     return values
 
 
-def estimate_on(architecture: Architecture, gpu: Gpu) -> Estimate:
-    """The closed form's footprint of a recipe on the card."""
-    from memplan import estimator
-
-    return lambda recipe: estimator.run(architecture, recipe, gpu).footprint
-
-
-def parameters_on(
-    architecture: Architecture, gpu: Gpu
-) -> Callable[[Recipe], Mapping[str, int]]:
-    """The parameters of a recipe, in all and trained, as the closed form counts."""
-    from memplan import estimator
-
-    return lambda recipe: estimator.run(architecture, recipe, gpu).parameters
-
-
 def simulation_on(
     architecture: Architecture, gpu: Gpu, base: Recipe, margin_bytes: int
 ) -> Estimate | None:
@@ -241,18 +226,19 @@ def simulation_on(
         simulator = import_simulator(base)
     except MissingExtraError:
         return None
-    kept_back = gpu.reserve_bytes + margin_bytes
-    tighter = dataclasses.replace(gpu, reserve_bytes=kept_back)
 
-    def of(recipe: Recipe) -> Footprint:
+    def simulated(recipe: Recipe, card: Gpu) -> Footprint:
         run = simulator.run(
-            architecture, recipe, tighter, missing_precision=MISSING_PRECISION
+            architecture,
+            recipe,
+            card,
+            missing_precision=MISSING_PRECISION,
+            advises=False,
         )
         found: Footprint = run.footprint
-        capacity_bytes = gpu.budget_bytes + gpu.context_bytes
-        return dataclasses.replace(found, capacity_bytes=capacity_bytes)
+        return found
 
-    return of
+    return less_margin(gpu, margin_bytes, simulated)
 
 
 def _longest(lengths: Lengths, min_seq: int | None) -> int:
@@ -267,7 +253,36 @@ def _longest(lengths: Lengths, min_seq: int | None) -> int:
     return lengths.longest
 
 
+def _effective_batch(asked: int | None, base: Recipe, given: Collection[str]) -> int:
+    """The sequences of an optimizer step.
+
+    Raises InputError where the batch that is given does not make them.
+    """
+    if asked is None:
+        return choices.EFFECTIVE_BATCH
+    made = base.batch_size if "batch_size" in given else 1
+    made *= base.accumulation if "accumulation" in given else 1
+    whole = {"batch_size", "accumulation"} <= set(given)
+    if asked % made or (whole and asked != made):
+        raise InputError(
+            "--effective-batch",
+            asked,
+            f"is not made of the {made} sequences that are given",
+            "leave --batch or --accumulation out, or give what divides it",
+        )
+    return asked
+
+
 def _margin(text: str | None, gpu: Gpu) -> int:
     if text is not None:
-        return parse_size(text, "--margin")
+        margin_bytes = parse_size(text, "--margin")
+        if margin_bytes >= gpu.budget_bytes:
+            raise InputError(
+                "--margin",
+                text,
+                f"leaves nothing of the {format_bytes(gpu.budget_bytes)} that "
+                f"{gpu.name} has for training",
+                "give less, or a larger card",
+            )
+        return margin_bytes
     return int(choices.MARGIN_SHARE * gpu.budget_bytes)

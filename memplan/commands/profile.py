@@ -28,6 +28,7 @@ from memplan.model_source import read_config
 from memplan.profile import Profile
 from memplan.reporters import json, terminal
 from memplan.reporters import runs as reporter
+from memplan.store import RUNS_FOLDER
 
 FINISHED = ("ok", "out-of-memory")
 """Outcomes with which a grid's run is not measured again."""
@@ -75,7 +76,7 @@ FINISHED = ("ok", "out-of-memory")
 @click.option(
     "--out",
     metavar="FOLDER",
-    default=str(runs.FOLDER),
+    default=str(RUNS_FOLDER),
     show_default=True,
     help="Where the measured runs are kept.",
 )

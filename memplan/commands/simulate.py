@@ -15,17 +15,16 @@ import click
 from memplan import results
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
+from memplan.commands.life_options import life_options, take_life
 from memplan.commands.options import (
     RecipeCommand,
     asked_architecture,
     gpu_options,
     inference_options,
     json_option,
-    life_options,
     recipe_options,
     take_gpu,
     take_inference,
-    take_life,
     take_recipe,
     trust_option,
     without_compiler,

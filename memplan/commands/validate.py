@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from memplan import accuracy, importers, runs
+from memplan import accuracy, importers
 from memplan.accuracy import Comparison
 from memplan.commands.options import json_option, without_compiler
 from memplan.errors import InputError
 from memplan.profile import Profile
 from memplan.reporters import accuracy as reporter
 from memplan.reporters import json, terminal
-from memplan.store import write_text
+from memplan.store import RUNS_FOLDER, write_text
 
 
 @click.command()
@@ -65,7 +65,7 @@ def command(
 def runs_at(places: Sequence[str]) -> tuple[Profile, ...]:
     """The runs of the places, or all that are known."""
     if not places:
-        return accuracy.known_runs(runs.FOLDER)
+        return accuracy.known_runs(RUNS_FOLDER)
     found = [importers.read(Path(place)).runs for place in places]
     return tuple(run for group in found for run in group)
 

@@ -17,7 +17,7 @@ from memplan.commands.options import (
     trust_option,
     without_compiler,
 )
-from memplan.commands.plan import estimate_on
+from memplan.planner.means import means_on
 from memplan.planner.why_not import Question
 from memplan.reporters import json, terminal
 from memplan.reporters import why_not as reporter
@@ -40,11 +40,13 @@ def command(
     recipe, named = take_recipe(options)
     gpu = required_gpu(options)
     architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
+    means = means_on(architecture, gpu, margin_bytes=0)
     question = Question(
         architecture=architecture,
         recipe=recipe,
         gpu=gpu,
-        estimate=estimate_on(architecture, gpu),
+        estimate=means.estimate,
+        confirm=means.screen,
     )
     title = f"Looking at {architecture.name}"
     with terminal.progress(title, quiet=as_json), without_compiler():

@@ -16,7 +16,12 @@ from memplan import checks
 from memplan.architecture import Architecture
 from memplan.estimator.experts import check_experts
 from memplan.estimator.moments import moments
-from memplan.estimator.reserved import NotReplayedError, Reserved, fit_into
+from memplan.estimator.reserved import (
+    MISSING_PRECISION,
+    NotReplayedError,
+    Reserved,
+    fit_into,
+)
 from memplan.estimator.schedule import Parts, Step, parts_of, step_of
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
@@ -89,15 +94,19 @@ def run(architecture: Architecture, recipe: Recipe, gpu: Gpu | None = None) -> E
     return Estimate(footprint=footprint, parts=parts, step=step)
 
 
-def replayed(estimate: Estimate, gpu: Gpu | None) -> Estimate:
+def replayed(
+    estimate: Estimate, gpu: Gpu | None, *, missing_precision: int = MISSING_PRECISION
+) -> Estimate:
     """The estimate with what the allocator reserves on the card.
 
-    Where the card does not suffice, reserved bytes are those of one that does. They
-    stay the closed form's where there is no track to replay, which a note says.
+    Where the card does not suffice, reserved bytes are those of one that does, and what
+    is missing is found to one part in `missing_precision`. They stay the closed form's
+    where there is no track to replay, which a note says.
     """
     footprint, parts = estimate.footprint, estimate.parts
+    budget_bytes = gpu.budget_bytes if gpu else None
     try:
-        found, missing_bytes = fit_into(parts, gpu.budget_bytes if gpu else None)
+        found, missing_bytes = fit_into(parts, budget_bytes, missing_precision)
     except NotReplayedError as error:
         notes = (*footprint.notes, f"{error} {WITHOUT_CACHE}")
         return _with(estimate, dataclasses.replace(footprint, notes=notes))

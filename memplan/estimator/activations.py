@@ -79,10 +79,9 @@ class Walk:
                 self._back(item)
 
     def stretch(self, stretch: Stretch, sizes: Sizes) -> None:
-        live = self.live
-        for peak in stretch.peaks:
-            self.peak = larger(self.peak, live + value(peak, sizes))
-        self.live = live + value(stretch.net, sizes)
+        net, peak = sizes.of(stretch)
+        self.peak = larger(self.peak, self.live + peak)
+        self.live = self.live + net
 
     def start_again(self, *, recomputing: bool) -> Any:
         """The peak so far; from here on that of the backward is looked for."""

@@ -559,10 +559,12 @@ def limits(estimate: InferenceEstimate, gpu: Gpu) -> Limits:
         batch_size=last_fitting(
             lambda batch: margin(batch, recipe.sequence_length),
             range(1, LARGEST_BATCH + 1),
+            start=recipe.batch_size,
         ),
         sequence_length=last_fitting(
             lambda length: margin(recipe.batch_size, length),
             lengths_of(parts.architecture),
+            start=recipe.sequence_length,
         ),
     )
 

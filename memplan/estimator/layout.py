@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,11 @@ class Role:
     """Rank of the adapter; 0 without one."""
     options: tuple[tuple[str, Any], ...] = ()
     """The method's options for this layer, defaults included."""
+
+    @property
+    def treatment(self) -> tuple[Any, ...]:
+        """What becomes of it besides its rank."""
+        return self.quantized, self.adapted, self.options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,12 +121,7 @@ def _adapted(
     if not alike:
         found = methods.adapted_linears(architecture, recipe)
         return frozenset(p for p, _ in found if p.rpartition(".")[2] not in left)
-    firsts = tuple(
-        dataclasses.replace(block, layers=block.layers[:1])
-        for block in architecture.blocks
-    )
-    few = dataclasses.replace(architecture, blocks=firsts)
-    found = methods.adapted_linears(few, recipe)
+    found = methods.adapted_linears(architecture.one_of_each, recipe)
     return frozenset(p for p, _ in found if p.rpartition(".")[2] not in left)
 
 

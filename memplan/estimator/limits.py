@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from memplan.architecture import Architecture
 from memplan.estimator import Estimate
-from memplan.estimator.moments import moments
-from memplan.estimator.schedule import Parts, parts_of, step_of
+from memplan.estimator.moments import life_peak_bytes
+from memplan.estimator.schedule import Parts, Step, parts_of, step_of
 from memplan.gpu import Gpu
 
 LENGTH_STEP = 64
@@ -52,7 +52,9 @@ def largest_batch(estimate: Estimate, gpu: Gpu) -> int | None:
     room = _Room(estimate, gpu)
     length = estimate.parts.recipe.sequence_length
     return last_fitting(
-        lambda batch: room.margin_bytes(batch, length), range(1, LARGEST_BATCH + 1)
+        lambda batch: room.margin_bytes(batch, length),
+        range(1, LARGEST_BATCH + 1),
+        start=estimate.parts.recipe.batch_size,
     )
 
 
@@ -66,16 +68,16 @@ def longest_sequence(estimate: Estimate, gpu: Gpu) -> int | None:
     return last_fitting(
         lambda length: room.margin_bytes(batch, length),
         lengths_of(estimate.parts.architecture),
+        start=estimate.parts.recipe.sequence_length,
     )
 
 
 def _cache_bytes(estimate: Estimate, gpu: Gpu) -> int:
     """What the allocator needs beyond what is allocated, where that made it fail."""
-    footprint, recipe = estimate.footprint, estimate.parts.recipe
+    footprint = estimate.footprint
     if footprint.failed_moment is None:
         return 0
-    step = step_of(estimate.parts, recipe.batch_size, recipe.sequence_length)
-    allocated = max(moment.reserved_bytes for moment in moments(estimate.parts, step))
+    allocated: int = round(life_peak_bytes(estimate.parts, estimate.step))
     return max(gpu.budget_bytes + footprint.missing_bytes - allocated, 0)
 
 
@@ -91,21 +93,27 @@ class _Room:
         parts = estimate.parts
         self._parts = {self._is_windowed(parts, parts.recipe.sequence_length): parts}
         self._base = parts
-        self._gpu = gpu
-        self._kept_back = _cache_bytes(estimate, gpu)
+        self._estimate = estimate
+        self._room_bytes = gpu.budget_bytes - _cache_bytes(estimate, gpu)
 
     def margin_bytes(self, batch: int, length: int) -> int:
         """What is left at the life's peak; negative where it lacks."""
         parts = self._parts_at(length)
-        life = moments(parts, step_of(parts, batch, length))
-        peak_bytes = max(moment.reserved_bytes for moment in life)
-        return self._gpu.budget_bytes - self._kept_back - peak_bytes
+        step = self._step(parts, batch, length)
+        peak_bytes: int = round(life_peak_bytes(parts, step))
+        return self._room_bytes - peak_bytes
+
+    def _step(self, parts: Parts, batch: int, length: int) -> Step:
+        recipe = self._base.recipe
+        if (batch, length) == (recipe.batch_size, recipe.sequence_length):
+            return self._estimate.step
+        return step_of(parts, batch, length)
 
     def _parts_at(self, length: int) -> Parts:
         windowed = self._is_windowed(self._base, length)
         if windowed not in self._parts:
             recipe = dataclasses.replace(self._base.recipe, sequence_length=length)
-            made = parts_of(self._base.architecture, recipe, self._gpu)
+            made = parts_of(self._base.architecture, recipe, self._base.gpu)
             self._parts[windowed] = made
         return self._parts[windowed]
 
@@ -121,19 +129,27 @@ def lengths_of(architecture: Architecture) -> range:
     return range(step, longest + 1, step)
 
 
-def last_fitting(margin: Callable[[int], int], values: range) -> int | None:
+def last_fitting(
+    margin: Callable[[int], int], values: range, *, start: int
+) -> int | None:
     """The last of rising values whose margin, which falls, is not negative.
 
-    Guesses lie where the line between two margins crosses zero (false position, with
-    the Illinois rule): memory is close to linear, so few are needed.
+    `start` is tried first, as it is or the nearest below. Guesses lie where the line
+    between two margins crosses zero (false position, with the Illinois rule): memory is
+    close to linear, so few are needed.
     """
-    low, high = 0, len(values) - 1
-    at_low: float = margin(values[low])
-    if at_low < 0:
-        return None
-    at_high: float = margin(values[high])
-    if at_high >= 0:
-        return values[high]
+    first = (min(max(start, values[0]), values[-1]) - values[0]) // values.step
+    at_low = at_high = float(margin(values[first]))
+    if at_low >= 0:
+        low, high = first, len(values) - 1
+        at_high = margin(values[high])
+        if at_high >= 0:
+            return values[high]
+    else:
+        low, high = 0, first
+        at_low = margin(values[low])
+        if at_low < 0:
+            return None
     fitted = None
     while high - low > 1:
         guess = low + int((high - low) * at_low / (at_low - at_high))

@@ -35,6 +35,13 @@ def moments(parts: Parts, step: Step) -> tuple[Moment, ...]:
     return tuple(found)
 
 
+def life_peak_bytes(parts: Parts, step: Step) -> Any:
+    """The most that is reserved in a life's moments, element by element."""
+    weights = parts.weights
+    before = max(weights.reserved, weights.load_peak, weights.prepare_peak)
+    return larger(before, peak_bytes(parts, step))
+
+
 def peak_bytes(parts: Parts, step: Step) -> Any:
     """The most that is allocated in any training step, element by element."""
     at_rest = parts.weights.total + parts.adapters

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from itertools import repeat
 
 from memplan import methods, optimizers
 from memplan.estimator.polynomials import rounded
@@ -42,18 +44,25 @@ def paged_bytes(trained: Trained, recipe: Recipe) -> int:
 
 
 def step_blocks(trained: Trained, recipe: Recipe) -> list[int]:
-    """Blocks that a step holds at once besides state and gradients."""
-    tensors = in_order(trained)
-    if not tensors:
-        return []
-    sizes = [tensor.bytes_each for tensor in tensors]
-    optimizer = optimizers.find(recipe.optimizer)
-    return list(optimizer.step_blocks(sizes, tensors[0].item))
+    """Blocks that a step holds at once besides state and gradients, in order."""
+    bytes_each = {id(tensor): tensor.bytes_each for tensor in trained.with_gradient}
+    sizes = [bytes_each[id(tensor)] for tensor in in_order(trained)]
+    return _blocks(sizes, trained, recipe)
 
 
 def step_bytes(trained: Trained, recipe: Recipe) -> int:
     """What a step holds at once besides state and gradients."""
-    return sum(map(rounded, step_blocks(trained, recipe)))
+    tensors = trained.with_gradient
+    sizes = [size for t in tensors for size in repeat(t.bytes_each, t.count)]
+    counts = Counter(_blocks(sizes, trained, recipe))
+    return sum(count * rounded(size) for size, count in counts.items())
+
+
+def _blocks(sizes: list[int], trained: Trained, recipe: Recipe) -> list[int]:
+    if not sizes:
+        return []
+    optimizer = optimizers.find(recipe.optimizer)
+    return list(optimizer.step_blocks(sizes, trained.with_gradient[0].item))
 
 
 def clip_bytes(trained: Trained) -> int:

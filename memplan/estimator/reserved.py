@@ -80,7 +80,7 @@ class Card:
 
     def __init__(self, capacity_bytes: int | None, workspace_bytes: int) -> None:
         self.allocator = CachingAllocator(
-            AllocatorSettings(), capacity_bytes, by_pool=False
+            AllocatorSettings(), capacity_bytes, counted=False
         )
         self._workspace_bytes = workspace_bytes
         self._threads: set[str] = set()
@@ -144,7 +144,11 @@ def tracks_of(parts: Parts) -> tuple[dict[Regime, ModelTrack], LossTrack]:
     return bodies, loss
 
 
-def fit_into(parts: Parts, budget_bytes: int | None) -> tuple[Reserved, int]:
+def fit_into(
+    parts: Parts,
+    budget_bytes: int | None,
+    missing_precision: int = MISSING_PRECISION,
+) -> tuple[Reserved, int]:
     """What is reserved on a card, and how many bytes more it would need.
 
     Near its limit a card gives the cache back before it fails. Where that does not
@@ -162,7 +166,7 @@ def fit_into(parts: Parts, budget_bytes: int | None) -> tuple[Reserved, int]:
     if limited.failed_moment is None:
         return limited, 0
     too_little = budget_bytes
-    while (enough - too_little) * MISSING_PRECISION > enough - budget_bytes:
+    while (enough - too_little) * missing_precision > enough - budget_bytes:
         middle = (too_little + enough) // 2
         if reserved(parts, *shape, middle - small).failed_moment is None:
             enough = middle

@@ -249,11 +249,16 @@ def _group(  # noqa: PLR0913 - each says what the layers are
     tape = tapes.model_tape(architecture, regime).blocks[kind]
     roles = {role.linear.path: role for role in group.roles}
     linears = []
+    known: dict[Any, LayerTape] = {}
     for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
         role = roles[path]
+        alike = (role.treatment, role.linear.bias, input_dtype)
+        if alike not in known:
+            layer = layer_regime(recipe, role, input_dtype)
+            known[alike] = tapes.layer_tape(layer)
         linears.append(
             LinearPart(
-                tape=tapes.layer_tape(layer_regime(recipe, role, input_dtype)),
+                tape=known[alike],
                 in_features=role.linear.in_features,
                 out_features=role.linear.out_features,
                 rank=role.rank,
@@ -365,6 +370,7 @@ class _Stepper:
         self._parts = parts
         self._tokens = batch * length
         self._sizes = Sizes({"": 1, "B": batch, "T": length, "r": parts.recipe.rank})
+        self._linear_sizes: dict[tuple[int, int, int], Sizes] = {}
         self._accumulates = parts.recipe.accumulation > 1
         self._layers = [
             layer for part in parts.groups for layer in self._layers_of(part)
@@ -416,19 +422,21 @@ class _Stepper:
         return tuple(
             Hole(
                 tape=linear.tape,
-                sizes=Sizes(
-                    {
-                        "": 1,
-                        "N": self._tokens,
-                        "i": linear.in_features,
-                        "o": linear.out_features,
-                        "r": linear.rank,
-                    }
-                ),
+                sizes=self._sizes_of(linear),
                 gradient_bytes=linear.gradient_bytes,
             )
             for linear in part.linears
         )
+
+    def _sizes_of(self, linear: LinearPart) -> Sizes:
+        """The sizes of a linear layer, which those of its shape and rank share."""
+        shape = (linear.in_features, linear.out_features, linear.rank)
+        if shape not in self._linear_sizes:
+            dimensions = zip("ior", shape, strict=True)
+            self._linear_sizes[shape] = Sizes(
+                {"": 1, "N": self._tokens, **dict(dimensions)}
+            )
+        return self._linear_sizes[shape]
 
     def _forward(self) -> Iterator[Candidate]:
         """The embedding and the masks, then the last layer of each kind."""

@@ -105,9 +105,12 @@ def _others(architecture: Architecture, layout: Layout) -> Iterator[tuple[int, i
 @functools.lru_cache(maxsize=64)
 def _placed(sizes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int]:
     """What the allocator hands out for tensors, layer by layer, and reserves."""
-    allocator = CachingAllocator(AllocatorSettings())
-    for turn in range(max(counts, default=0)):
-        for size, count in zip(sizes, counts, strict=True):
-            if turn < count:
-                allocator.malloc(size)
-    return allocator.allocated_bytes, allocator.reserved_bytes
+    allocator = CachingAllocator(AllocatorSettings(), counted=False)
+    blocks = [
+        allocator.malloc(size)
+        for turn in range(max(counts, default=0))
+        for size, count in zip(sizes, counts, strict=True)
+        if turn < count
+    ]
+    handed_out = sum(block.size_bytes for block in blocks if block is not None)
+    return handed_out, allocator.reserved_bytes

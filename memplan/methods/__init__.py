@@ -6,6 +6,7 @@ the tokens, a the bytes of an adapter's number, c those of the layer's input.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -256,6 +257,8 @@ def adapted_linears(
 def check_shapes(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError where a layer's shape or rank does not suit the method."""
     method = find(recipe.method)
+    if type(method).check_linear is Method.check_linear:
+        return
     differ = bool(recipe.rank_pattern or recipe.lambda_pattern)
     seen: set[int] = set()
     for path, linear in adapted_linears(architecture, recipe):
@@ -314,13 +317,19 @@ def _options_of(name: str, method: Method) -> str:
 
 def _unused_keys(recipe: Recipe, method: Method) -> list[str]:
     """A note for each key that is not as it would be by itself and is not read."""
-    untouched = type(recipe)(
-        trainer=recipe.trainer, quantization=recipe.quantization, rank=recipe.rank
-    )
-    named = {key: getattr(untouched, key) for key in ADAPTER_KEYS | {"lambda_pattern"}}
-    named["rank"] = type(recipe)().rank
+    named = _untouched(recipe.trainer, recipe.quantization, recipe.rank)
     return [
         f"Method {recipe.method} does not use {key}."
         for key in sorted(named.keys() - method.uses)
         if getattr(recipe, key) != named[key]
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def _untouched(trainer: str, quantization: str, rank: int) -> Mapping[str, Any]:
+    """The adapter keys as they are where nobody says anything about them."""
+    from memplan.recipe import Recipe
+
+    untouched = Recipe(trainer=trainer, quantization=quantization, rank=rank)
+    keys = ADAPTER_KEYS | {"lambda_pattern"}
+    return {key: getattr(untouched, key) for key in keys} | {"rank": Recipe().rank}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memplan import estimator, exporters
+from memplan import exporters
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
 from memplan.errors import InputError
@@ -21,6 +21,7 @@ from memplan.model_source import ModelSource, read_config
 from memplan.plan import Plan, decision_hash
 from memplan.planner import choices, decide
 from memplan.planner.choices import Floors
+from memplan.planner.means import means_on
 from memplan.planner.ranks import DEFAULT_PRIOR
 from memplan.recipe import Recipe, read_recipe_text
 from memplan.report import Report, Subject, of_estimate
@@ -157,11 +158,7 @@ def plan(asked: Asked) -> Plan:
         granularity="by-type",
         prior=DEFAULT_PRIOR,
     )
-    means = decide.Means(
-        estimate=lambda one: estimator.run(model, one, gpu).footprint,
-        verify=None,
-        parameters=lambda one: estimator.run(model, one, gpu).parameters,
-    )
+    means = means_on(model, gpu, wanted.floors.margin_bytes)
     return decide.plan(model, gpu, wanted, means)
 
 

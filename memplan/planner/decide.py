@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from memplan.batching import Batch, batches, fewer_steps, lengths_json
 from memplan.gpu import Gpu
 from memplan.lengths import Lengths
 from memplan.plan import Plan, Rejected
-from memplan.planner.choices import QUANTIZATIONS, Estimate, Floors
+from memplan.planner.choices import QUANTIZATIONS, Floors
+from memplan.planner.means import Means
 from memplan.planner.ranks import EXPLAINED_VARIANCE, QUALITY_TOLERANCE, ROBUST
 from memplan.planner.search import RATES_OF, Candidate, Found, Search, front
 from memplan.planner.value import priors
@@ -44,34 +45,9 @@ class Asked:
     """How long the samples are, where that is known; the longest is settled."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Means:
-    """What is known of a recipe on the card."""
-
-    estimate: Estimate
-    verify: Estimate | None
-    """What has the last word; None where the estimate has it."""
-    parameters: Callable[[Recipe], Mapping[str, int]]
-    """`total` and `trainable`."""
-
-
 def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Plan:
     """The plan; raises InputError where nothing fits."""
-    search = Search(
-        architecture=architecture,
-        gpu=gpu,
-        base=asked.base,
-        given=asked.given,
-        estimate=means.estimate,
-        verify=means.verify or means.estimate,
-        floors=asked.floors,
-        prefer=asked.prefer,
-        granularity=asked.granularity,
-        prior=asked.prior,
-        values=asked.values,
-        spares=asked.spares,
-    )
-    found = search.run()
+    found = search_of(architecture, gpu, asked, means).run()
     made: tuple[Batch, ...] = ()
     if asked.lengths is not None:
         made = batches(architecture, found.recipe, gpu, asked.lengths)
@@ -99,6 +75,27 @@ def plan(architecture: Architecture, gpu: Gpu, asked: Asked, means: Means) -> Pl
         rejected=tuple(map(_rejected, rejected(question.single_changes))),
         lengths={} if asked.lengths is None else lengths_json(asked.lengths, made),
         notes=tuple(dict.fromkeys(_notes(gpu, found, asked))),
+    )
+
+
+def search_of(
+    architecture: Architecture, gpu: Gpu, asked: Asked, means: Means
+) -> Search:
+    """The search for what is asked, by those means."""
+    return Search(
+        architecture=architecture,
+        gpu=gpu,
+        base=asked.base,
+        given=asked.given,
+        estimate=means.estimate,
+        screen=None if means.verify is None else means.screen,
+        verify=means.verify or means.screen,
+        floors=asked.floors,
+        prefer=asked.prefer,
+        granularity=asked.granularity,
+        prior=asked.prior,
+        values=asked.values,
+        spares=asked.spares,
     )
 
 

@@ -127,6 +127,8 @@ class Search:
     estimate: Estimate
     verify: Callable[[Recipe], Footprint]
     """What has the last word, such as a simulation on the card."""
+    screen: Estimate | None = None
+    """What a recipe has to pass before it is verified, for it takes less time."""
     floors: Floors
     prefer: str = PREFERENCES[0]
     granularity: str = "by-type"
@@ -261,7 +263,10 @@ class Search:
                 return None
             one = self.ordered(fitting)[0] if tries_left else self._smallest(fitting)
             limit = self._limit(one.recipe)
-            upheld = self._uphold(one, limit if tries_left else _reserved(one))
+            if tries_left:
+                upheld = self._uphold(one, limit, self.screen)
+            else:
+                upheld = self._uphold(one, _reserved(one))
             if upheld.excess_bytes <= 0:
                 return Found(
                     ranked=upheld.ranked,
@@ -285,20 +290,27 @@ class Search:
             if again is not None:
                 yield again
 
-    def _uphold(self, one: Candidate, limit_bytes: int) -> Upheld:
-        """The candidate with its ranks within a limit, and what verifying it says."""
+    def _uphold(
+        self, one: Candidate, limit_bytes: int, screen: Estimate | None = None
+    ) -> Upheld:
+        """The candidate with its ranks within a limit, and what verifying it says.
+
+        One that does not pass the screen is not verified.
+        """
         ranked = self._ranked(one.recipe, limit_bytes) if self._linears else None
         recipe = one.recipe if ranked is None else ranked.recipe
         estimated = one.footprint if ranked is None else ranked.footprint
         if self.spares:
             recipe = self._with_spared(recipe, limit_bytes)
             estimated = self.estimate(recipe)
-        verified = self.verify(recipe)
+        found = None if screen is None else screen(recipe)
+        if found is None or excess_bytes(found, self._budget_bytes) <= 0:
+            found = self.verify(recipe)
         return Upheld(
             ranked=ranked,
-            candidate=dataclasses.replace(one, recipe=recipe, footprint=verified),
+            candidate=dataclasses.replace(one, recipe=recipe, footprint=found),
             estimated_bytes=estimated.life_peak.reserved_bytes,
-            excess_bytes=excess_bytes(verified, self._budget_bytes),
+            excess_bytes=excess_bytes(found, self._budget_bytes),
         )
 
     def _smallest(self, fitting: Iterable[Candidate]) -> Candidate:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 
-from memplan import estimator
 from memplan.architecture import Architecture
-from memplan.footprint import Footprint
 from memplan.gpu import Gpu
 from memplan.plan import Plan
 from memplan.planner.choices import MARGIN_SHARE, Estimate, Floors
-from memplan.planner.decide import Asked, Means, plan
+from memplan.planner.decide import Asked, plan
+from memplan.planner.means import less_margin, means_on
 from memplan.planner.ranks import DEFAULT_PRIOR
 from memplan.recipe import Recipe
 
@@ -52,14 +50,8 @@ def solve(  # noqa: PLR0913 - each is a part of what is asked
         prior=DEFAULT_PRIOR,
     )
 
-    def estimate(tried: Recipe) -> Footprint:
-        return estimator.run(architecture, tried, gpu).footprint
-
-    means = Means(
-        estimate=estimate,
-        verify=_simulation(architecture, gpu, margin_bytes) if verify else None,
-        parameters=lambda tried: estimator.run(architecture, tried, gpu).parameters,
-    )
+    verified = _simulation(architecture, gpu, margin_bytes) if verify else None
+    means = means_on(architecture, gpu, margin_bytes, verified)
     return plan(architecture, gpu, asked, means)
 
 
@@ -67,11 +59,6 @@ def _simulation(architecture: Architecture, gpu: Gpu, margin_bytes: int) -> Esti
     """The simulated footprint within the budget less the margin."""
     from memplan.simulator import simulate
 
-    tighter = dataclasses.replace(gpu, reserve_bytes=gpu.reserve_bytes + margin_bytes)
-    capacity_bytes = gpu.budget_bytes + gpu.context_bytes
-
-    def of(recipe: Recipe) -> Footprint:
-        found = simulate(architecture, recipe, tighter)
-        return dataclasses.replace(found, capacity_bytes=capacity_bytes)
-
-    return of
+    return less_margin(
+        gpu, margin_bytes, lambda tried, card: simulate(architecture, tried, card)
+    )

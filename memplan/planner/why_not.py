@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from memplan.architecture import Architecture
@@ -35,6 +37,9 @@ LENGTH_STEP = 64
 
 LONGEST = 2**20
 """Tokens beyond which no length is looked at."""
+
+MOST_FIXES = 8
+"""Changes that make it fit of which more are not looked for."""
 
 ESTIMATE_ERROR = 0.03
 """The estimate's worst error beside the simulation, as its tests hold it to."""
@@ -76,15 +81,23 @@ class Question:
     recipe: Recipe
     gpu: Gpu
     estimate: Estimate
+    """What every change is asked of."""
+    confirm: Estimate | None = None
+    """What verdicts are asked of, where it takes more time than the estimate."""
 
     @functools.cached_property
     def footprint(self) -> Footprint:
         return self.estimate(self.recipe)
 
+    @functools.cached_property
+    def confirmed(self) -> Footprint:
+        """The footprint that the verdict is of."""
+        return self.footprint if self.confirm is None else self.confirm(self.recipe)
+
     @property
     def missing_bytes(self) -> int:
         """What the card lacks; at most 0 where the recipe fits."""
-        return self._missing(self.footprint)
+        return self._missing(self.confirmed)
 
     @functools.cached_property
     def single_changes(self) -> tuple[Change, ...]:
@@ -95,11 +108,23 @@ class Question:
 
     @property
     def fixes(self) -> tuple[Change, ...]:
-        """Single changes that make it fit, the fastest first; else pairs of changes."""
-        fitting = [one for one in self.single_changes if one.fits]
-        if not fitting:
-            fitting = [one for one in self._pairs() if one.fits]
-        return tuple(sorted(fitting, key=lambda one: (-one.speed, -one.saved_bytes)))
+        """Single changes that make it fit, the fastest first; else pairs of changes.
+
+        Of those that are confirmed, the first MOST_FIXES.
+        """
+        found = tuple(islice(self._holding(self.single_changes), MOST_FIXES))
+        return found or tuple(islice(self._holding(self._pairs()), MOST_FIXES))
+
+    def _holding(self, changes: Iterable[Change]) -> Iterator[Change]:
+        """The changes that make it fit, the fastest first."""
+        fitting = [one for one in changes if one.fits]
+        for one in sorted(fitting, key=lambda one: (-one.speed, -one.saved_bytes)):
+            if self.confirm is None:
+                yield one
+                continue
+            missing = self._missing(self.confirm(one.recipe))
+            if missing <= 0:
+                yield dataclasses.replace(one, missing_bytes=missing)
 
     @property
     def of_little_help(self) -> tuple[Change, ...]:
@@ -142,7 +167,7 @@ class Question:
     def doubts(self) -> Iterator[str]:
         """What could turn the verdict, and what would settle it."""
         margin = abs(self.missing_bytes)
-        error = int(ESTIMATE_ERROR * self.footprint.life_peak.reserved_bytes)
+        error = int(ESTIMATE_ERROR * self.confirmed.life_peak.reserved_bytes)
         if margin <= error:
             yield (
                 "The verdict is within the estimate's error: `memplan simulate` "

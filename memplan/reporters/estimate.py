@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from memplan.architecture import Architecture
-from memplan.batching import Batch, fewer_steps
 from memplan.estimator import Estimate
 from memplan.estimator.equations import Term
-from memplan.estimator.inference import InferenceEstimate
 from memplan.estimator.limits import LARGEST_BATCH, Limits
 from memplan.gpu import Gpu
 from memplan.inference import Inference
-from memplan.lengths import Lengths
 from memplan.recipe import Recipe
 from memplan.reporters import footprint, terminal
 from memplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from memplan.batching import Batch
+    from memplan.estimator.inference import InferenceEstimate
+    from memplan.lengths import Lengths
 
 
 def report(  # noqa: PLR0913 - each is a part of what is told
@@ -84,6 +87,8 @@ def report_limits(architecture: Architecture, recipe: Recipe, limits: Limits) ->
 
 def report_lengths(lengths: Lengths, recipe: Recipe, batches: Sequence[Batch]) -> None:
     """Prints what the lengths of a data set make of batches."""
+    from memplan.batching import fewer_steps
+
     terminal.say(
         f"{lengths.num_samples:,} samples of {lengths.mean:,.0f} tokens in the mean: "
         f"p50 {lengths.percentile(0.5):,}, p99 {lengths.percentile(0.99):,}, longest "

@@ -73,9 +73,10 @@ def _way(answers: Sequence[Answer], way: Way) -> Section:
                     one.architecture.name,
                     format_count(one.architecture.total_parameters),
                     format_bytes(one.margin_bytes or 0),
-                    f"{one.longest_sequence:,}" if one.longest_sequence else "",
+                    f"{longest:,}" if longest else "",
                 )
                 for one in fitting
+                for longest in [one.longest_sequence]
             ],
             right=("parameters", "to spare", "longest"),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
@@ -10,9 +11,11 @@ from memplan.gpu import Gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
 from memplan.reporters import terminal
-from memplan.residuals import Range
-from memplan.simulation import Simulation
 from memplan.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from memplan.residuals import Range
+    from memplan.simulation import Simulation
 
 BAR_WIDTH = 24
 """Characters of the longest bar."""

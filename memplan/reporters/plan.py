@@ -36,6 +36,8 @@ def report(plan: Plan) -> None:
     terminal.table(("key", "value"), rows)
     for reason in plan.reasons:
         terminal.say(reason)
+    for told in _solution(plan):
+        terminal.say(told)
     if plan.alternatives:
         _report_alternatives(plan)
     terminal.say(f"Plan {plan.hash}, verified by {plan.verified_by}.")
@@ -61,6 +63,33 @@ def _ranks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         keys = [key for key, value in recipe.rank_pattern.items() if value == rank]
         ends = ", ".join(sorted({key.rpartition(r"\.")[2] for key in keys}))
         yield f"rank {rank}", ends if count else ""
+
+
+TIERS = {
+    "T0": "a prior, for which nothing was measured",
+    "T1": "the checkpoint's weights",
+    "T2": "what was measured of the layers' inputs",
+}
+"""What each tier of a rank's worth stands on."""
+
+
+def _solution(plan: Plan) -> Iterator[str]:
+    """What the ranks stand on, and what is proven of them."""
+    found = plan.solution
+    if not found:
+        return
+    yield f"The worth of ranks is of tier {plan.tier}: {TIERS[plan.tier]}."
+    status = str(found["status"]).replace("_", " ")
+    yield (
+        f"Ranks by {found['solver']}, {status}: loss {_number(found['objective'])}, no "
+        f"less than {_number(found['dual_bound'])} within the bytes (gap "
+        f"{_number(found['gap'])}); one more GiB would save "
+        f"{_number(found['price_of_gib'])} of it."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _report_alternatives(plan: Plan) -> None:

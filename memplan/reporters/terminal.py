@@ -1,38 +1,38 @@
-"""Tables for people: drawn on a terminal, plain columns when piped, NO_COLOR heeded."""
+"""Tables for people: drawn on a terminal, plain columns when piped, NO_COLOR heeded.
+
+What draws is imported when something is drawn, so that `--json` does without it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PIPED_WIDTH = 240
 """Characters of a line where no screen wraps it, so that no cell is cut."""
 
 
-class _Console(Console):
-    """A console that lets the command line deal with a reader that has gone."""
-
-    def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
-
-
 def console(*, stderr: bool = False) -> Console:
     """A console that draws for a terminal and writes plain text elsewhere."""
+    from memplan.reporters.unbroken import UnbrokenConsole
+
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return _Console(file=stream, highlight=False)
-    return _Console(file=stream, highlight=False, no_color=True, width=PIPED_WIDTH)
+        return UnbrokenConsole(file=stream, highlight=False)
+    return UnbrokenConsole(
+        file=stream, highlight=False, no_color=True, width=PIPED_WIDTH
+    )
 
 
 def say(text: str, style: str = "") -> None:
     """One line, or a paragraph that wraps at the screen's width."""
+    from rich.text import Text
+
     console().print(Text(text, style=style))
 
 
@@ -53,6 +53,10 @@ def table(
 
     Its first column may wrap, and so may those in `wraps`.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
     is_terminal = sys.stdout.isatty()
     drawn = Table(
         box=SIMPLE_HEAD if is_terminal else None,

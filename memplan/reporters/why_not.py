@@ -10,9 +10,6 @@ from memplan.reporters import terminal
 from memplan.reporters.footprint import report_notes
 from memplan.units import format_bytes
 
-MOST_SHOWN = 8
-"""Fixes that are listed on a terminal; the object has all of them."""
-
 
 def answer_of(question: Question) -> dict[str, Any]:
     """The printed object's keys."""
@@ -34,14 +31,14 @@ def answer_of(question: Question) -> dict[str, Any]:
         "longest_sequence": as_it_is,
         "longest_sequence_with_a_gib_more": with_more,
         "doubts": [*question.doubts()],
-        "notes": [*question.gpu.assumptions, *question.footprint.notes],
+        "notes": [*question.gpu.assumptions, *question.confirmed.notes],
     }
 
 
 def report(question: Question, answer: Mapping[str, Any]) -> None:
     """Prints the answer."""
     budget = format_bytes(question.gpu.budget_bytes)
-    reserved = format_bytes(question.footprint.life_peak.reserved_bytes)
+    reserved = format_bytes(question.confirmed.life_peak.reserved_bytes)
     verdict = (
         f"Fits: needs {reserved} of {budget}."
         if answer["fits"]
@@ -50,7 +47,7 @@ def report(question: Question, answer: Mapping[str, Any]) -> None:
     )
     terminal.say(f"{answer['model']} on {question.gpu.name}. {verdict}", style="bold")
     _report_floor(answer["floor"])
-    _report_changes("what makes it fit", answer["fixes"][:MOST_SHOWN])
+    _report_changes("what makes it fit", answer["fixes"])
     if not answer["fits"] and not answer["fixes"]:
         terminal.say("No change of one knob or of two makes it fit; see memplan plan.")
     _report_changes("what hardly helps", answer["of_little_help"])

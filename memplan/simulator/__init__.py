@@ -100,12 +100,14 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     life: Life = NO_LIFE,
     record: Callable[[Iterator[Sample]], None] | None = None,
     missing_precision: int = MISSING_PRECISION,
+    advises: bool = True,
 ) -> Simulation:
     """The simulation of a fine-tune; `progress` is told of each moment that begins.
 
     `record` is given the memory after each event, as it was on the card, or on one that
     is large enough where the card is not. What is missing is found to one part in
-    `missing_precision`, and is never too little.
+    `missing_precision`, and is never too little. Where it does not fit, other settings
+    of the allocator are tried only if the simulation `advises`.
     """
     notes = (*checks.check(architecture, recipe, gpu), *life.notes(recipe))
     card = gpu or find_gpu(UNNAMED_CARD)
@@ -120,6 +122,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
         host=host,
         record=record,
         missing_precision=missing_precision,
+        advises=advises,
     )
 
 
@@ -132,10 +135,12 @@ def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
     host: dict[str, int],
     record: Callable[[Iterator[Sample]], None] | None,
     missing_precision: int = MISSING_PRECISION,
+    advises: bool = True,
 ) -> Simulation:
     """What a trace comes to on a card."""
     settings = settings or AllocatorSettings()
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu, missing_precision)
+    tries = advises or found.failed_moment is None
     if record is not None:
         limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
         record(samples(traced.log, settings, limit))
@@ -149,7 +154,7 @@ def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
         notes=(
             *notes,
             *_replay_notes(found),
-            *allocator_notes.notes(traced.log, settings, gpu, found),
+            *(allocator_notes.notes(traced.log, settings, gpu, found) if tries else ()),
         ),
     )
     return Simulation(

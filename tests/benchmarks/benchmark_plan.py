@@ -13,11 +13,12 @@ from pathlib import Path
 
 from memplan import simulator
 from memplan.catalog import inspect
-from memplan.commands.plan import estimate_on, parameters_on, simulation_on
+from memplan.commands.plan import simulation_on
 from memplan.footprint import Footprint
 from memplan.gpu import find_gpu
 from memplan.planner import choices, decide
 from memplan.planner.choices import Floors
+from memplan.planner.means import means_on
 from memplan.planner.ranks import DEFAULT_PRIOR
 from memplan.recipe import Recipe
 from memplan.reporters.json import versions
@@ -56,11 +57,7 @@ def row(model: str, card: str, prefer: str) -> str:
         granularity="by-type",
         prior=DEFAULT_PRIOR,
     )
-    means = decide.Means(
-        estimate=estimate_on(architecture, gpu),
-        verify=verify,
-        parameters=parameters_on(architecture, gpu),
-    )
+    means = means_on(architecture, gpu, margin_bytes, verify)
     began = time.process_time()
     recipe = decide.plan(architecture, gpu, asked, means).recipe
     whole = time.process_time() - began

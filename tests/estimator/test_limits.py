@@ -93,7 +93,8 @@ def test_nothing_fits_where_the_weights_do_not() -> None:
 
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("budget", [-1, 0, 1, 5, 999, 10**4, 10**7, 10**9])
-def test_guesses_find_what_trying_all_does(power: int, budget: int) -> None:
+@pytest.mark.parametrize("start", [0, 1, 300, 998, 5000])
+def test_guesses_find_what_trying_all_does(power: int, budget: int, start: int) -> None:
     values = range(1, 1000, 3)
     fitting = [value for value in values if value**power <= budget]
     asked = []
@@ -102,5 +103,6 @@ def test_guesses_find_what_trying_all_does(power: int, budget: int) -> None:
         asked.append(value)
         return budget - value**power
 
-    assert last_fitting(margin, values) == (fitting[-1] if fitting else None)
+    found = last_fitting(margin, values, start=start)
+    assert found == (fitting[-1] if fitting else None)
     assert len(asked) <= 24

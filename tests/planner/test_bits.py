@@ -9,11 +9,11 @@ from closed_form import estimate_of
 
 from memplan.architecture import Architecture
 from memplan.catalog import inspect
-from memplan.commands.plan import estimate_on
 from memplan.errors import InputError
 from memplan.gpu import find_gpu
 from memplan.planner import choices
 from memplan.planner.bits import BitSearch
+from memplan.planner.means import estimate_on
 from memplan.planner.modules import adapted_linears, group
 from memplan.planner.ranks import EXPLAINED_VARIANCE, RankSearch, menu
 from memplan.recipe import Recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,6 +123,49 @@ def test_verification_has_the_last_word() -> None:
     reserved = verify(found.recipe).life_peak.reserved_bytes
     assert reserved <= CARD.budget_bytes
     assert found.candidate.footprint.life_peak.reserved_bytes == reserved
+
+
+def more_by(num_bytes: int) -> Callable[[Recipe], Footprint]:
+    """The closed form with so many bytes more, unless all is checkpointed."""
+
+    def read(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, CARD)
+        whole = recipe.checkpointing == "full" and recipe.every_n_layers == 1
+        worse = [
+            dataclasses.replace(
+                m, reserved_bytes=m.reserved_bytes + (0 if whole else num_bytes)
+            )
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    return read
+
+
+def test_what_does_not_pass_the_screen_is_not_verified() -> None:
+    read, verified = more_by(7 * GIB), []
+
+    def verify(recipe: Recipe) -> Footprint:
+        verified.append(recipe)
+        return read(recipe)
+
+    found = search(architecture=LLAMA, verify=verify, screen=read).run()
+
+    assert verified == [found.recipe]
+    assert search(architecture=LLAMA, verify=read).run().recipe == found.recipe
+
+
+def test_screen_alone_refuses_nothing() -> None:
+    """What it has against every recipe, the verification of the smallest overrules."""
+
+    def screen(recipe: Recipe) -> Footprint:
+        return dataclasses.replace(
+            footprint(LLAMA, recipe, CARD), failed_moment="1.forward", missing_bytes=GIB
+        )
+
+    one = search(architecture=LLAMA, screen=screen)
+
+    assert within(one.run(), one)
 
 
 def test_failed_verification_leads_to_another_recipe_of_the_same_quality() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -68,6 +69,31 @@ def test_pairs_are_looked_at_only_where_no_single_change_fits() -> None:
 
     assert not any(one.fits for one in asked.single_changes)
     assert all(len(one.changes) >= 2 for one in asked.fixes)
+
+
+def test_verdict_and_fixes_are_those_that_are_confirmed() -> None:
+    """All is two GiB larger when it is confirmed."""
+    card = find_gpu("12GB")
+    estimate = estimate_of(LLAMA, card)
+
+    def confirm(recipe: Recipe) -> Footprint:
+        found = footprint(LLAMA, recipe, card)
+        worse = [
+            dataclasses.replace(m, reserved_bytes=m.reserved_bytes + 2 * GIB)
+            for m in found.moments
+        ]
+        return dataclasses.replace(found, moments=tuple(worse))
+
+    recipe = Recipe(**QLORA, sequence_length=question(**QLORA).longest())
+    asked = Question(
+        architecture=LLAMA, recipe=recipe, gpu=card, estimate=estimate, confirm=confirm
+    )
+
+    assert 0 < asked.missing_bytes <= 2 * GIB
+    assert asked.fixes
+    for one in asked.fixes:
+        found = confirm(one.recipe).life_peak.reserved_bytes
+        assert one.missing_bytes == found - card.budget_bytes <= 0
 
 
 def test_what_hardly_helps_is_told() -> None:
