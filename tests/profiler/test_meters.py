@@ -6,12 +6,14 @@ import gzip
 import json
 import os
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from allocation_reader import ProfilerMeter
 
 from memplan.errors import InputError
 from memplan.profiler import cuda_meter
@@ -67,6 +69,45 @@ def test_what_autograd_saves_is_seen_until_backward_lets_it_go() -> None:
 
     # The weight, exp's result and the loss; then the weight and its gradient.
     assert (before, after) == (2 * KILO_FLOATS + 4, 2 * KILO_FLOATS)
+
+
+def dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Two gradients of the weight, each a tensor of its own."""
+    return weight.sin().sum() + weight.exp().sum()
+
+
+def tied(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """As an embedding that is the head too: the head's gradient is a view."""
+    rows = torch.nn.functional.embedding(torch.arange(8), weight)
+    return (rows @ x @ weight.t()).sum()
+
+
+@pytest.mark.parametrize("loss_of", [dense, tied])
+def test_sums_of_gradients_take_what_the_engine_takes(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """It adds in place, as torch's profiler sees, but for views."""
+    peaks = []
+    for meter in (CpuMeter(), ProfilerMeter()):
+        weight = torch.ones(1000, 50, requires_grad=True)
+        x = torch.ones(50, 50)
+        with meter:
+            meter.hold((weight, x))
+            loss = loss_of(weight, x)
+            meter.reset()
+            before = meter.read()
+            meter.reset()
+            loss.backward()
+            reading = meter.read()
+        if isinstance(meter, ProfilerMeter):
+            # What was made before the profile began is not in it.
+            held = weight.nbytes + x.nbytes
+            peaks.append(meter.peaks()[1][0] + held)
+        else:
+            assert before.end_allocated_bytes < reading.allocated_bytes
+            peaks.append(reading.allocated_bytes)
+
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
 def test_nothing_of_the_meta_device_counts() -> None:
