@@ -20,14 +20,7 @@ def llama() -> Architecture:
 
 def count(architecture: Architecture, **keys: Any) -> int:
     """What a recipe trains of a model."""
-    recipe = Recipe(**keys)
-    method = methods.find(recipe.method)
-    return sum(
-        method.trainable_parameters(
-            linear, methods.rank_at(recipe, path), methods.options_at(recipe, path)
-        )
-        for path, linear in methods.adapted_linears(architecture, recipe)
-    )
+    return methods.trained_in_adapters(architecture, Recipe(**keys))
 
 
 LORA_64 = 159_907_840

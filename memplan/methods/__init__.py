@@ -253,6 +253,17 @@ def adapted_linears(
     return find(recipe.method).adapted(targeted, architecture.hidden_size)
 
 
+def trained_in_adapters(architecture: Architecture, recipe: Recipe) -> int:
+    """Numbers that a recipe's method trains in the layers that it adapts."""
+    method = find(recipe.method)
+    return sum(
+        method.trainable_parameters(
+            linear, rank_at(recipe, path), options_at(recipe, path)
+        )
+        for path, linear in adapted_linears(architecture, recipe)
+    )
+
+
 def check_shapes(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError where a layer's shape or rank does not suit the method."""
     method = find(recipe.method)
