@@ -1,6 +1,6 @@
 """Measures and simulates small fine-tunes on a CPU; writes reports/accuracy_cpu.md.
 
-`python tests/cpu_report.py` writes the report; it takes three minutes. Each fine-tune is
+`python tests/cpu_report.py` writes the report; it takes two minutes. Each fine-tune is
 run twice by the loop that `memplan profile` runs: once read by memplan's meter, once by
 torch's own profiler.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -238,6 +239,55 @@ def test_unused_keys_are_noted(llama: Architecture) -> None:
 
     assert "Method vera does not use rank_pattern." in notes
     assert "Method vera does not use lambda_pattern." in notes
+
+
+PATTERN = {"rank_pattern": {"down_proj": 2}}
+UNPATTERNED = [
+    *({"method": name} for name in ("vera", "adalora", "adaq-lora")),
+    {"method": "peft", "method_options": {"peft_type": "MISS"}},
+    {"method": "peft", "method_options": {"peft_type": "OFT"}},
+]
+
+
+@pytest.mark.parametrize("keys", UNPATTERNED, ids=str)
+def test_a_rank_pattern_that_is_not_used_changes_nothing(
+    llama: Architecture, keys: dict[str, Any]
+) -> None:
+    """It is said, and neither counted nor installed, however it is spelled."""
+    plain, patterned = Recipe(rank=8, **keys), Recipe(rank=8, **keys, **PATTERN)
+    name = keys.get("method_options", {}).get("peft_type", keys["method"])
+
+    assert f"Method {name} does not use rank_pattern." in checks.check(llama, patterned)
+    assert count(llama, **patterned.to_json()) == count(llama, **plain.to_json())
+
+
+def test_tuners_read_the_keys_that_their_configs_have() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    from memplan.methods import peft as tuners
+
+    theirs = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "targets",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }
+    for peft_type in tuners.TUNERS:
+        recipe = Recipe(method="peft", method_options={"peft_type": peft_type})
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+        fields = {field.name for field in dataclasses.fields(config)}
+        read = set()
+        for key, ours in theirs.items():
+            names = tuners.SYNONYMS.get(key, (key,))
+            known = {name.format(peft_type.lower()) for name in names} & fields
+            if known and not (ours == "rank" and peft_type in tuners.RANK_IS_A_COUNT):
+                read.add(ours)
+
+        assert read == tuners.READ_KEYS[peft_type], peft_type
+        assert read <= methods.find("peft").reads(recipe)
 
 
 def test_libraries_with_a_workspace_of_their_own_are_noted(llama: Architecture) -> None:

@@ -104,6 +104,10 @@ class Method(ABC):
     optimizer_bytes_per_number: ClassVar[int] = 0
     """Bytes that the method itself keeps for a trained number beside the optimizer."""
 
+    def reads(self, recipe: Recipe) -> frozenset[str]:
+        """The adapter keys that it reads, with the options of a recipe."""
+        return self.uses
+
     @abstractmethod
     def parameter_shapes(
         self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS
@@ -219,7 +223,9 @@ def options_at(recipe: Recipe, path: str) -> Mapping[str, Any]:
 
 
 def rank_at(recipe: Recipe, path: str) -> int:
-    """The rank of the layer of a path."""
+    """The rank of the layer of a path, by the pattern where the method reads it."""
+    if "rank_pattern" not in find(recipe.method).reads(recipe):
+        return recipe.rank
     rank: int | None = matching(recipe.rank_pattern, path)
     return recipe.rank if rank is None else rank
 
@@ -325,13 +331,14 @@ def _options_of(name: str, method: Method) -> str:
 
 def _unused_keys(recipe: Recipe, method: Method) -> list[str]:
     """A note for each key that is not as it would be by itself and is not read."""
+    name = recipe.method_options.get("peft_type", recipe.method)
     untouched = type(recipe)(
         trainer=recipe.trainer, quantization=recipe.quantization, rank=recipe.rank
     )
     named = {key: getattr(untouched, key) for key in ADAPTER_KEYS | {"lambda_pattern"}}
     named["rank"] = type(recipe)().rank
     return [
-        f"Method {recipe.method} does not use {key}."
-        for key in sorted(named.keys() - method.uses)
+        f"Method {name} does not use {key}."
+        for key in sorted(named.keys() - method.reads(recipe))
         if getattr(recipe, key) != named[key]
     ]

@@ -46,7 +46,7 @@ Phase = Callable[[str], AbstractContextManager[None]]
 class LifeTracer:
     """Runs what of a life is asked for, each moment a phase that is announced."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of what is traced
         self,
         model: nn.Module,
         recipe: Recipe,

@@ -380,7 +380,7 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
         if isinstance(module, BaseTunerLayer)
     ]
     patterns = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
-    for field in sorted(patterns & methods.find(recipe.method).uses):
+    for field in sorted(patterns & methods.find(recipe.method).reads(recipe)):
         for key in getattr(recipe, field):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
                 raise InputError(

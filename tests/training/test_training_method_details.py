@@ -148,6 +148,19 @@ def test_ranks_by_layer_are_those_of_the_pattern(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["vera", "adalora", "adaq-lora"])
+def test_a_rank_pattern_that_a_method_has_no_place_for_is_not_installed(
+    name: str,
+) -> None:
+    patterned = adapted("llama", **keys_of(name, rank_pattern={"mlp.down_proj": 2}))
+
+    plain = even(name)
+
+    assert [p.shape for p in patterned.parameters()] == [
+        p.shape for p in plain.parameters()
+    ]
+
+
 def even(name: str) -> nn.Module:
     return adapted("llama", **keys_of(name))
 
