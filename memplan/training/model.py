@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def load(
 
     Raises InputError where the checkpoint cannot be loaded.
     """
+    if Path(checkpoint).is_file():
+        raise _unloadable(checkpoint, "is a file, and weights lie in a folder")
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -79,14 +82,15 @@ def load(
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise InputError(
-            "--weights",
-            checkpoint,
-            f"cannot be loaded ({first_line})",
-            "give a folder or hub id with weights, or leave the option out",
-        ) from error
+        problem = f"cannot be loaded ({first_line})"
+        raise _unloadable(checkpoint, problem) from error
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
+
+
+def _unloadable(checkpoint: str, problem: str) -> InputError:
+    remedy = "give a folder or hub id with weights, or leave the option out"
+    return InputError("--weights", checkpoint, problem, remedy)
 
 
 def declare_quantized(model: Any, recipe: Recipe) -> None:

@@ -112,6 +112,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
         events_of(asked, tmp_path)
 
 
+def test_a_config_has_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dict(LLAMA)))
+
+    with pytest.raises(InputError, match="weights lie in a folder"):
+        events_of(task(weights="checkpoint", model=str(file)), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("recipe", "match"),
     [
