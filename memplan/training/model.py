@@ -72,6 +72,7 @@ def load(
     """
     if Path(checkpoint).is_file():
         raise _unloadable(checkpoint, "is a file, and weights lie in a folder")
+    _check_loadable(recipe)
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -86,6 +87,18 @@ def load(
         raise _unloadable(checkpoint, problem) from error
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
+
+
+def _check_loadable(recipe: Recipe) -> None:
+    """Raises InputError for a scheme that from_pretrained quantises no weights to."""
+    if quantizations.find(recipe.quantization).loads_checkpoints:
+        return
+    raise InputError(
+        "quantization",
+        recipe.quantization,
+        "is nothing that transformers loads a checkpoint to",
+        "leave out --weights, or use one of: nf4-double, int8, quanto-int8",
+    )
 
 
 def _unloadable(checkpoint: str, problem: str) -> InputError:
