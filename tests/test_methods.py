@@ -64,7 +64,20 @@ def test_what_is_trained_of_llama(
     assert count(llama, **keys) == trainable
 
 
-@pytest.mark.parametrize(("keys", "trainable"), VECTORS, ids=str)
+BY_LAYER: list[tuple[dict[str, Any], int]] = [
+    # As many as LoRA-FA: one factor of r x o.
+    (
+        {"method": "peft", "rank": 64, "method_options": {"peft_type": "MISS"}},
+        87_031_808,
+    ),
+    ({"method": "qa-hira", "lambda_pattern": {".*mlp.*": 8}}, 134_742_016),
+    # 67,108,864 of attention, and half of 92,798,976 of MLPs.
+    ({"rank": 64, "rank_pattern": {".*mlp.*": 32}}, 113_508_352),
+]
+"""Installed alone: a tuner that PEFT counts, and uneven ones."""
+
+
+@pytest.mark.parametrize(("keys", "trainable"), [*VECTORS, *BY_LAYER], ids=str)
 def test_as_much_is_trained_once_it_is_installed(
     llama: Architecture, keys: dict[str, Any], trainable: int
 ) -> None:

@@ -95,6 +95,8 @@ class Method(ABC):
     """The method's own options."""
     carries_quantized: ClassVar[bool]
     """Whether the frozen weights below it may be quantised."""
+    keeps_base: ClassVar[bool] = True
+    """Whether frozen weights stay what they were, so that adapters are all to save."""
     by_lora: ClassVar[bool] = False
     """Whether PEFT installs it as LoRA or a variant of it."""
     defaults: ClassVar[Mapping[str, Any]] = NO_OPTIONS

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan import checks
+from memplan import checks, methods
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
 from memplan.errors import InputError
@@ -106,6 +106,7 @@ def _fine_tune(
         _tell_parameters(journal, architecture.total_parameters, 0)
         return None
     checks.check(architecture, task.recipe, None)
+    _check_answerable(task)
     moments.begin("load")
     model = _load(task, architecture, recipe, device)
     moments.hold(model)
@@ -123,6 +124,18 @@ def _fine_tune(
         moments.end()
         journal.write("answer", **answer)
     return optimizer
+
+
+def _check_answerable(task: Task) -> None:
+    method = methods.find(task.recipe.method)
+    if task.generate and not method.keeps_base:
+        raise InputError(
+            "--generate",
+            task.generate,
+            f"asks adapters alone, and {task.recipe.method} changes the weights below "
+            "them as it restarts",
+            "leave it out, or use another method",
+        )
 
 
 def _answer(
