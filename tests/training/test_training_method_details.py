@@ -333,6 +333,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 64},
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "P_TUNING": {"num_virtual_tokens": 4},
+    "ROAD": {"group_size": 16},
     "WAVEFT": {"n_frequency": 64},
 }
 """What a tuner cannot do without at these shapes."""
