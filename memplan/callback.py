@@ -10,10 +10,11 @@ they warn while there is time.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 import transformers
 from torch import nn
 
-from memplan import accuracy, profiler, registry, runs
+from memplan import accuracy, methods, profiler, registry, runs
 from memplan.errors import InputError, MemplanError
 from memplan.footprint import Footprint
+from memplan.methods.adalora import SCHEDULE
 from memplan.profile import Profile
 from memplan.profiler.cpu_meter import CpuMeter
 from memplan.profiler.cuda_meter import CudaMeter
@@ -63,6 +65,13 @@ class Verdict:
     errors: Mapping[str, float]
     """By reading: (predicted - measured) / measured."""
 
+    @property
+    def unexplained_bytes(self) -> int:
+        """What the first steps took beyond what was predicted; 0 where they did not."""
+        assert self.run.footprint is not None
+        measured = self.run.footprint.peak.allocated_bytes
+        return max(0, measured - self.predicted.peak.allocated_bytes)
+
     def sentence(self) -> str:
         """The verdict in words."""
         assert self.run.footprint is not None
@@ -87,12 +96,15 @@ class Watch:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         steps: int = WARM_UP_STEPS + 1,
+        then: Callable[[Watch], Verdict | None] = lambda seen: None,
     ) -> None:
+        """`then` judges what was read, before the step after the last that is read."""
         self._model = model
         self._optimizer: Any = getattr(optimizer, "optimizer", optimizer)
         self._steps = steps
+        self._then = then
         self._events: list[Mapping[str, Any]] = []
-        self._device = next(model.parameters()).device.type
+        self._device = _device_of(model)
         self._meter: Meter = CpuMeter() if self._device == "cpu" else CudaMeter()
         self._moments = Moments(self._meter, self)
         self._handles: list[Any] = []
@@ -101,6 +113,8 @@ class Watch:
         """Whether the step's first forward is still to come."""
         self.shape: tuple[int, int] = (0, 0)
         """Of the largest batch so far: sequences and tokens in each."""
+        self.verdict: Verdict | None = None
+        """What came of it, once the steps are over; None where nothing could."""
 
     @property
     def is_done(self) -> bool:
@@ -134,11 +148,25 @@ class Watch:
             return
         self._moments.end()
         self.write("finish", **self._meter.finish(self._optimizer))
+        self.leave()
+        self.write("outcome", status="ok", message="")
+
+    def leave(self) -> None:
+        """Takes every hook off again; what was not read stays unread."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._meter.__exit__(None, None, None)
-        self.write("outcome", status="ok", message="")
+
+    def conclude(self) -> None:
+        """Stops, and has what was read judged, once, where all steps were read."""
+        if not self._handles:
+            return
+        self.stop()
+        if self.is_done:
+            self.verdict = self._then(self)
 
     def profile(self, name: str, config: Mapping[str, Any], recipe: Recipe) -> Profile:
         """The run that was read, under a model's name."""
@@ -156,7 +184,10 @@ class Watch:
         return profiler.profile_of(task, label, found, SOURCE)
 
     def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not module.training or self.is_done:
+        if not module.training:
+            return
+        if self.is_done:
+            self.conclude()
             return
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(tokens, torch.Tensor) and tokens.dim() == 2:
@@ -192,17 +223,33 @@ def watch(  # noqa: PLR0913 - each says something else of the training
 ) -> Iterator[Watch]:
     """Reads the first steps of the plain loop that runs within.
 
-    `recipe` is what the loop does. When it is over, the run is kept in `out` (None
-    keeps nothing), and logged beside its prediction.
+    `recipe` is what the loop does, its sequence length the longest that is to come.
+    Before the next step begins, or when the loop is over, the run is kept in `out`
+    (None keeps nothing) and logged beside its prediction; where the longest batch will
+    not fit, that is warned of. `verdict` of what is handed out holds the outcome. A
+    loop that fails, or ends before, is kept nowhere.
     """
-    seen = Watch(model, optimizer, steps)
+
+    def judge(seen: Watch) -> Verdict | None:
+        batch_size, length = seen.shape
+        read = recipe
+        if length:
+            read = dataclasses.replace(
+                recipe, batch_size=batch_size, sequence_length=length
+            )
+        verdict = _conclude(seen, _named(model, name), _config(model), read, out)
+        if verdict is not None:
+            warn_of_longest(verdict, recipe.sequence_length)
+        return verdict
+
+    seen = Watch(model, optimizer, steps, judge)
     seen.start()
     try:
         yield seen
-    finally:
-        seen.stop()
-    if seen.is_done:
-        _conclude(seen, _named(model, name), _config(model), recipe, out)
+    except BaseException:
+        seen.leave()
+        raise
+    seen.conclude()
 
 
 class MemplanCallback(transformers.TrainerCallback):
@@ -239,7 +286,11 @@ class MemplanCallback(transformers.TrainerCallback):
         **_: Any,
     ) -> None:
         self._longest = longest_row(train_dataloader, args)
-        self._watch = Watch(model, optimizer, self._steps)
+        try:
+            self._watch = Watch(model, optimizer, self._steps)
+        except InputError as error:
+            logger.warning("memplan cannot read this training: %s", error)
+            return
         self._watch.start()
 
     def on_step_end(
@@ -262,7 +313,7 @@ class MemplanCallback(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._watch is not None:
-            self._watch.stop()
+            self._watch.leave()
             self._watch = None
 
 
@@ -336,13 +387,15 @@ def longest_row(loader: Any, args: Any) -> int:
 def warn_of_longest(verdict: Verdict, longest: int) -> str:
     """Logs a warning where a batch as long as the longest row will not fit; its text.
 
-    What is predicted for it is taken by what the first steps took more.
+    What the first steps took more than predicted is taken off the card for it.
     """
     run = verdict.run
     if run.gpu is None or longest <= run.recipe.sequence_length:
         return ""
     recipe = dataclasses.replace(run.recipe, sequence_length=longest)
-    footprint = _predict(dataclasses.replace(run, recipe=recipe))
+    left = run.gpu.capacity_bytes - verdict.unexplained_bytes
+    gpu = dataclasses.replace(run.gpu, capacity_bytes=left)
+    footprint = _predict(dataclasses.replace(run, recipe=recipe, gpu=gpu))
     if footprint.fits is not False:
         return ""
     text = (
@@ -368,6 +421,7 @@ def _conclude(
     """
     run = seen.profile(name, config, recipe)
     try:
+        _warn_of_another_recipe(run)
         if out is not None:
             runs.save(run, Path(out))
         predicted = _predict(run)
@@ -380,8 +434,47 @@ def _conclude(
     return verdict
 
 
+def _warn_of_another_recipe(run: Profile) -> None:
+    """Logs a warning where the model trains other numbers than the recipe says."""
+    recipe = run.recipe
+    if recipe.method in ("full", "peft") or recipe.trained_modules:
+        return
+    meant = methods.trained_in_adapters(accuracy.architecture_of_run(run), recipe)
+    trained = run.parameters["trainable"]
+    if trained != meant:
+        logger.warning(
+            "The model trains %d numbers and the recipe %d, so that what is predicted "
+            "is of another fine-tune.",
+            trained,
+            meant,
+        )
+
+
 def _predict(run: Profile) -> Footprint:
-    return accuracy.simulated(accuracy.case_of(run), run.environment).footprint
+    """What is simulated for a run, apart from the loop that is under way.
+
+    What that has switched on for its thread (autocast, no gradients, modes that see
+    operators) does not reach another one.
+    """
+
+    def simulate() -> Footprint:
+        return accuracy.simulated(accuracy.case_of(run), run.environment).footprint
+
+    with concurrent.futures.ThreadPoolExecutor(1) as apart:
+        return apart.submit(simulate).result()
+
+
+def _device_of(model: nn.Module) -> str:
+    """`cpu` or `cuda`; raises InputError for a card that is not the first."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index:
+        raise InputError(
+            "model",
+            str(device),
+            "is not read: memplan reads the first card that CUDA sees",
+            f"set CUDA_VISIBLE_DEVICES={device.index} before torch is imported",
+        )
+    return device.type
 
 
 def _adapter_keys(model: Any) -> dict[str, Any]:
@@ -390,23 +483,61 @@ def _adapter_keys(model: Any) -> dict[str, Any]:
     if not configs:
         return {"method": "full"}
     config = next(iter(configs.values()))
-    method = str(config.peft_type.value).lower()
-    if method == "lora":
-        method = (
-            "dora" if config.use_dora else "rslora" if config.use_rslora else method
+    told = _TOLD.get(type(config).__name__)
+    if told is None:
+        raise InputError(
+            "method",
+            type(config).__name__,
+            "has no method that can be read off the model",
+            "give MemplanCallback a recipe",
         )
     targets = config.target_modules
+    return {
+        "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
+        "trained_modules": tuple(config.modules_to_save or ()),
+        "adapter_dtype": str(_trained_dtype(model)).removeprefix("torch."),
+        **told(config),
+    }
+
+
+def _of_lora(config: Any) -> dict[str, Any]:
+    method = "dora" if config.use_dora else "rslora" if config.use_rslora else "lora"
     return {
         "method": method,
         "rank": config.r,
         "alpha": float(config.lora_alpha),
         "dropout": float(config.lora_dropout),
-        "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
         "rank_pattern": dict(config.rank_pattern or {}),
         "alpha_pattern": dict(config.alpha_pattern or {}),
-        "trained_modules": tuple(config.modules_to_save or ()),
-        "adapter_dtype": str(_trained_dtype(model)).removeprefix("torch."),
     }
+
+
+def _of_adalora(config: Any) -> dict[str, Any]:
+    schedule = {key: getattr(config, key) for key in SCHEDULE}
+    return {
+        "method": "adalora",
+        "rank": config.init_r,
+        "alpha": float(config.lora_alpha),
+        "dropout": float(config.lora_dropout),
+        "method_options": {"target_rank": config.target_r, **schedule},
+    }
+
+
+def _of_vera(config: Any) -> dict[str, Any]:
+    return {
+        "method": "vera",
+        "rank": config.r,
+        "dropout": float(config.vera_dropout),
+        "method_options": {"d_initial": config.d_initial},
+    }
+
+
+_TOLD: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "LoraConfig": _of_lora,
+    "AdaLoraConfig": _of_adalora,
+    "VeraConfig": _of_vera,
+}
+"""What PEFT's configurations say, by their classes; memplan's own name no method."""
 
 
 def _autocast(args: Any) -> str:

@@ -123,7 +123,7 @@ def _check_patterns(architecture: Architecture, recipe: Recipe) -> None:
     fields = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
     given = [
         (field, key)
-        for field in sorted(fields & methods.find(recipe.method).uses)
+        for field in sorted(fields & methods.find(recipe.method).reads(recipe))
         for key in getattr(recipe, field)
     ]
     if not given:

@@ -51,6 +51,12 @@ LORA = peft.LoraConfig(
 )
 
 
+_TARGETS: dict[str, Any] = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "task_type": "CAUSAL_LM",
+}
+
+
 def lora_model() -> Any:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -349,3 +355,69 @@ def test_a_longer_batch_that_does_not_fit_is_warned_of(
     assert warn_of_longest(verdict, 64) == ""
     on_cpu = dataclasses.replace(run, gpu=None, device="cpu")
     assert warn_of_longest(dataclasses.replace(verdict, run=on_cpu), 4096) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (
+            peft.AdaLoraConfig(
+                init_r=6, target_r=2, total_step=50, lora_alpha=12, **_TARGETS
+            ),
+            {"method": "adalora", "rank": 6},
+        ),
+        (peft.VeraConfig(r=16, **_TARGETS), {"method": "vera", "rank": 16}),
+        (peft.LoraConfig(use_dora=True, **_TARGETS), {"method": "dora", "rank": 8}),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "",
+)
+def test_other_methods_of_peft_are_read_off_and_as_predicted(
+    config: Any, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    looking = MemplanCallback(name="tiny", out=None)
+    adapted = peft.get_peft_model(lora_model().unload(), config)
+    for name, parameter in adapted.named_parameters():
+        # PEFT 0.21 makes it trained on 16-bit bases.
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+    transformers.Trainer(
+        model=adapted,
+        args=arguments(tmp_path),
+        train_dataset=rows(*[TOKENS] * 6),
+        callbacks=[looking, _Allocating()],
+    ).train()
+
+    verdict = looking.verdict
+    assert verdict is not None
+    recipe = verdict.run.recipe
+    assert {key: getattr(recipe, key) for key in keys} == keys
+    assert abs(verdict.errors["allocated"]) < 0.01
+
+
+class _Allocating(transformers.TrainerCallback):
+    """What AdaLoRA asks of a training: importance is updated before gradients go."""
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if model.peft_type == "ADALORA":
+            model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def test_a_tuner_that_cannot_be_read_off_is_said_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    looking = MemplanCallback(name="tiny", out=tmp_path / "runs")
+    config = peft.LoHaConfig(r=4, **_TARGETS)
+    trainer = transformers.Trainer(
+        model=peft.get_peft_model(lora_model().unload(), config),
+        args=arguments(tmp_path),
+        train_dataset=rows(*[TOKENS] * 6),
+        callbacks=[looking],
+    )
+    trainer.train()
+
+    assert trainer.state.global_step == 3
+    assert looking.verdict is None
+    assert "LoHaConfig" in caplog.text
+    assert "give MemplanCallback a recipe" in caplog.text

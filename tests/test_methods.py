@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -20,14 +21,7 @@ def llama() -> Architecture:
 
 def count(architecture: Architecture, **keys: Any) -> int:
     """What a recipe trains of a model."""
-    recipe = Recipe(**keys)
-    method = methods.find(recipe.method)
-    return sum(
-        method.trainable_parameters(
-            linear, methods.rank_at(recipe, path), methods.options_at(recipe, path)
-        )
-        for path, linear in methods.adapted_linears(architecture, recipe)
-    )
+    return methods.trained_in_adapters(architecture, Recipe(**keys))
 
 
 LORA_64 = 159_907_840
@@ -70,7 +64,20 @@ def test_what_is_trained_of_llama(
     assert count(llama, **keys) == trainable
 
 
-@pytest.mark.parametrize(("keys", "trainable"), VECTORS, ids=str)
+BY_LAYER: list[tuple[dict[str, Any], int]] = [
+    # As many as LoRA-FA: one factor of r x o.
+    (
+        {"method": "peft", "rank": 64, "method_options": {"peft_type": "MISS"}},
+        87_031_808,
+    ),
+    ({"method": "qa-hira", "lambda_pattern": {".*mlp.*": 8}}, 134_742_016),
+    # 67,108,864 of attention, and half of 92,798,976 of MLPs.
+    ({"rank": 64, "rank_pattern": {".*mlp.*": 32}}, 113_508_352),
+]
+"""Installed alone: a tuner that PEFT counts, and uneven ones."""
+
+
+@pytest.mark.parametrize(("keys", "trainable"), [*VECTORS, *BY_LAYER], ids=str)
 def test_as_much_is_trained_once_it_is_installed(
     llama: Architecture, keys: dict[str, Any], trainable: int
 ) -> None:
@@ -245,6 +252,55 @@ def test_unused_keys_are_noted(llama: Architecture) -> None:
 
     assert "Method vera does not use rank_pattern." in notes
     assert "Method vera does not use lambda_pattern." in notes
+
+
+PATTERN = {"rank_pattern": {"down_proj": 2}}
+UNPATTERNED = [
+    *({"method": name} for name in ("vera", "adalora", "adaq-lora")),
+    {"method": "peft", "method_options": {"peft_type": "MISS"}},
+    {"method": "peft", "method_options": {"peft_type": "OFT"}},
+]
+
+
+@pytest.mark.parametrize("keys", UNPATTERNED, ids=str)
+def test_a_rank_pattern_that_is_not_used_changes_nothing(
+    llama: Architecture, keys: dict[str, Any]
+) -> None:
+    """It is said, and neither counted nor installed, however it is spelled."""
+    plain, patterned = Recipe(rank=8, **keys), Recipe(rank=8, **keys, **PATTERN)
+    name = keys.get("method_options", {}).get("peft_type", keys["method"])
+
+    assert f"Method {name} does not use rank_pattern." in checks.check(llama, patterned)
+    assert count(llama, **patterned.to_json()) == count(llama, **plain.to_json())
+
+
+def test_tuners_read_the_keys_that_their_configs_have() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    from memplan.methods import peft as tuners
+
+    theirs = {
+        "r": "rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "target_modules": "targets",
+        "rank_pattern": "rank_pattern",
+        "alpha_pattern": "alpha_pattern",
+    }
+    for peft_type in tuners.TUNERS:
+        recipe = Recipe(method="peft", method_options={"peft_type": peft_type})
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+        fields = {field.name for field in dataclasses.fields(config)}
+        read = set()
+        for key, ours in theirs.items():
+            names = tuners.SYNONYMS.get(key, (key,))
+            known = {name.format(peft_type.lower()) for name in names} & fields
+            if known and not (ours == "rank" and peft_type in tuners.RANK_IS_A_COUNT):
+                read.add(ours)
+
+        assert read == tuners.READ_KEYS[peft_type], peft_type
+        assert read <= methods.find("peft").reads(recipe)
 
 
 def test_libraries_with_a_workspace_of_their_own_are_noted(llama: Architecture) -> None:

@@ -96,6 +96,8 @@ class Method(ABC):
     """The method's own options."""
     carries_quantized: ClassVar[bool]
     """Whether the frozen weights below it may be quantised."""
+    keeps_base: ClassVar[bool] = True
+    """Whether frozen weights stay what they were, so that adapters are all to save."""
     by_lora: ClassVar[bool] = False
     """Whether PEFT installs it as LoRA or a variant of it."""
     defaults: ClassVar[Mapping[str, Any]] = NO_OPTIONS
@@ -104,6 +106,10 @@ class Method(ABC):
     """The option that a recipe's `lambda_pattern` sets layer by layer."""
     optimizer_bytes_per_number: ClassVar[int] = 0
     """Bytes that the method itself keeps for a trained number beside the optimizer."""
+
+    def reads(self, recipe: Recipe) -> frozenset[str]:
+        """The adapter keys that it reads, with the options of a recipe."""
+        return self.uses
 
     @abstractmethod
     def parameter_shapes(
@@ -220,7 +226,9 @@ def options_at(recipe: Recipe, path: str) -> Mapping[str, Any]:
 
 
 def rank_at(recipe: Recipe, path: str) -> int:
-    """The rank of the layer of a path."""
+    """The rank of the layer of a path, by the pattern where the method reads it."""
+    if "rank_pattern" not in find(recipe.method).reads(recipe):
+        return recipe.rank
     rank: int | None = matching(recipe.rank_pattern, path)
     return recipe.rank if rank is None else rank
 
@@ -252,6 +260,17 @@ def adapted_linears(
         if _is_targeted(path, linear, recipe)
     )
     return find(recipe.method).adapted(targeted, architecture.hidden_size)
+
+
+def trained_in_adapters(architecture: Architecture, recipe: Recipe) -> int:
+    """Numbers that a recipe's method trains in the layers that it adapts."""
+    method = find(recipe.method)
+    return sum(
+        method.trainable_parameters(
+            linear, rank_at(recipe, path), options_at(recipe, path)
+        )
+        for path, linear in adapted_linears(architecture, recipe)
+    )
 
 
 def check_shapes(architecture: Architecture, recipe: Recipe) -> None:
@@ -317,10 +336,11 @@ def _options_of(name: str, method: Method) -> str:
 
 def _unused_keys(recipe: Recipe, method: Method) -> list[str]:
     """A note for each key that is not as it would be by itself and is not read."""
+    name = recipe.method_options.get("peft_type", recipe.method)
     named = _untouched(recipe.trainer, recipe.quantization, recipe.rank)
     return [
-        f"Method {recipe.method} does not use {key}."
-        for key in sorted(named.keys() - method.uses)
+        f"Method {name} does not use {key}."
+        for key in sorted(named.keys() - method.reads(recipe))
         if getattr(recipe, key) != named[key]
     ]
 

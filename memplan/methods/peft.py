@@ -51,6 +51,32 @@ Run with PEFT 0.21.2 and bitsandbytes 0.50.2; on others forward or backward rais
 adds in place to what int8 layers return as a view on a card.
 """
 
+_ALL_OF_LORA = frozenset(
+    {"rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern"}
+)
+
+READ_KEYS: Mapping[str, frozenset[str]] = {
+    "LORA": _ALL_OF_LORA,
+    **dict.fromkeys(("LOHA", "LOKR"), _ALL_OF_LORA),
+    **dict.fromkeys(("HIRA", "DELORA"), _ALL_OF_LORA - {"alpha", "alpha_pattern"}),
+    **dict.fromkeys(
+        ("GRALORA", "DEFT", "SUPERTUNING"),
+        frozenset({"rank", "alpha", "dropout", "targets"}),
+    ),
+    **dict.fromkeys(
+        ("MISS", "PVERA", "RANDLORA"), frozenset({"rank", "dropout", "targets"})
+    ),
+    **dict.fromkeys(("GLORA", "HRA", "LILY", "PEANUT"), frozenset({"rank", "targets"})),
+    **dict.fromkeys(("BOFT", "OFT"), frozenset({"dropout", "targets"})),
+    **dict.fromkeys(
+        ("BEFT", "C3A", "FOURIERFT", "IA3", "ROAD", "WAVEFT"), frozenset({"targets"})
+    ),
+    **dict.fromkeys(("PROMPT_TUNING", "P_TUNING"), frozenset()),
+}
+"""Which of a recipe's keys have a place in a tuner's config."""
+
+_OF_ALL = frozenset({"trained_modules", "adapter_dtype", "input_casts"})
+
 OWN_METHODS = {"ADALORA": "adalora", "VERA": "vera"}
 
 FOREIGN_SCRATCH = {"BOFT": "cuSOLVER", "C3A": "cuFFT", "FOURIERFT": "cuFFT"}
@@ -64,6 +90,10 @@ class Peft(Method):
     uses: ClassVar[frozenset[str]] = ADAPTER_KEYS
     options: ClassVar[Mapping[str, Kind]] = {}
     carries_quantized: ClassVar[bool] = True
+
+    def reads(self, recipe: Recipe) -> frozenset[str]:
+        peft_type = recipe.method_options.get("peft_type", "")
+        return _OF_ALL | READ_KEYS.get(peft_type, frozenset())
 
     def parameter_shapes(
         self, linear: Linear, rank: int, options: Mapping[str, Any] = NO_OPTIONS

@@ -32,6 +32,14 @@ class Relora(LowRank):
     }
     defaults: ClassVar[Mapping[str, Any]] = {"reset": "zero", "reset_share": 0.999}
 
+    keeps_base: ClassVar[bool] = False
+
+    def notes(self, recipe: Recipe) -> tuple[str, ...]:
+        return (
+            "A restart changes the frozen weights, which a checkpoint of adapters does "
+            "not hold: save the whole model.",
+        )
+
     def apply(
         self, model: nn.Module, recipe: Recipe, targets: tuple[str, ...]
     ) -> nn.Module:

@@ -429,7 +429,7 @@ class Search:
     @functools.cached_property
     def _linears(self) -> dict[str, Linear]:
         """The layers whose ranks are searched; none where these are settled."""
-        takes_ranks = "rank_pattern" in methods.find(self.base.method).uses
+        takes_ranks = "rank_pattern" in methods.find(self.base.method).reads(self.base)
         if "rank_pattern" in self.given or not takes_ranks:
             return {}
         return adapted_linears(self.architecture, self.base)

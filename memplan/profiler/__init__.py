@@ -188,6 +188,10 @@ def _start(task: Task, journal: Path, output: Any) -> subprocess.Popen[bytes]:
         # Trainer would spread a batch over every card that it sees.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         environment["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
+        # NVML counts cards by their place on the bus; CUDA the fastest first, unless
+        # it is told: what is named, measured and read must be one card.
+        order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        environment["CUDA_DEVICE_ORDER"] = order
     process = subprocess.Popen(
         [sys.executable, "-m", "memplan.profiler.child", str(journal)],
         stdin=subprocess.PIPE,

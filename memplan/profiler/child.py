@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan import checks
+from memplan import checks, methods
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
 from memplan.errors import InputError
@@ -37,8 +37,15 @@ from memplan.training.values import materialize
 EXIT_ORPHANED = 4
 """What the process ends with when whoever started it is gone."""
 
-NO_HOST_MEMORY = "can't allocate memory"
-"""What torch's CPU allocator says (c10/core/impl/alloc_cpu.cpp)."""
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+"""What is said where memory runs out besides torch's CUDA allocator: its CPU allocator
+(c10/core/impl/alloc_cpu.cpp), the driver (c10/cuda/CUDAException.cpp), its libraries
+(aten/src/ATen/cuda/Exceptions.cpp)."""
 
 MESSAGE_CHARACTERS = 1000
 """How much of an error is told."""
@@ -56,7 +63,7 @@ def main() -> None:
     except (torch.OutOfMemoryError, MemoryError) as error:
         journal.write("outcome", status="out-of-memory", message=_told(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is told
-        full = NO_HOST_MEMORY in str(error)
+        full = any(words in str(error) for words in NO_MEMORY)
         status = "out-of-memory" if full else "failed"
         journal.write("outcome", status=status, message=_told(error))
         traceback.print_exc()
@@ -77,6 +84,11 @@ def run(task: Task, journal: Journal) -> None:
         journal.write("environment", values=environment(task.device))
         try:
             optimizer = _fine_tune(task, device, moments, journal)
+        except torch.OutOfMemoryError:
+            moments.end()
+            # The optimizer's paged state is not told, and so neither is the context.
+            journal.write("finish", **meter.finish(None) | {"context_bytes": None})
+            raise
         finally:
             moments.end()
         journal.write("finish", **meter.finish(optimizer))
@@ -94,6 +106,7 @@ def _fine_tune(
         _tell_parameters(journal, architecture.total_parameters, 0)
         return None
     checks.check(architecture, task.recipe, None)
+    _check_answerable(task)
     moments.begin("load")
     model = _load(task, architecture, recipe, device)
     moments.hold(model)
@@ -111,6 +124,18 @@ def _fine_tune(
         moments.end()
         journal.write("answer", **answer)
     return optimizer
+
+
+def _check_answerable(task: Task) -> None:
+    method = methods.find(task.recipe.method)
+    if task.generate and not method.keeps_base:
+        raise InputError(
+            "--generate",
+            task.generate,
+            f"asks adapters alone, and {task.recipe.method} changes the weights below "
+            "them as it restarts",
+            "leave it out, or use another method",
+        )
 
 
 def _answer(

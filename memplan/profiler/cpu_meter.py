@@ -58,8 +58,13 @@ class StorageTracker(TorchDispatchMode):
         self.see(result)
         # Autograd's engine adds gradients in place, but not while operators are looked
         # at: then the first addend dies right after (torch/csrc/autograd/
-        # input_buffer.cpp, `accumulate`). So what is live is asked a little later.
-        if func is not torch.ops.aten.add.Tensor or not _is_run_by_engine():
+        # input_buffer.cpp, `accumulate`). So what is live is asked a little later, but
+        # for a view, whose base holds the storage too, so that nothing is in place.
+        if (
+            func is not torch.ops.aten.add.Tensor
+            or args[0]._is_view()
+            or not _is_run_by_engine()
+        ):
             self._note_peak()
         return result
 

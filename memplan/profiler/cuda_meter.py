@@ -1,6 +1,7 @@
 """What torch's CUDA allocator counts, and what the driver says beside it.
 
-Source: torch.cuda.memory_stats, reset_peak_memory_stats, memory_snapshot,
+Source: torch.cuda.memory_stats_as_nested_dict (memory_stats makes hundreds of names of
+it, which takes fifty times as long), reset_peak_memory_stats, memory_snapshot,
 memory._record_memory_history; NVML's memory of the device and of its processes.
 """
 
@@ -24,13 +25,20 @@ from memplan.profiler.meter import Meter, Reading
 MOST_EVENTS = 2_000_000
 """Events of the allocator that a trace keeps: beyond them the oldest are lost."""
 
+NATIVE = "native"
+"""What torch calls its own allocator, which alone has snapshots and a history
+(c10/cuda/CUDAMallocAsyncAllocator.cpp raises for both)."""
+
 COUNTERS = {
-    "requested_bytes": "requested_bytes.all.peak",
-    "active_bytes": "active_bytes.all.peak",
-    "inactive_split_bytes": "inactive_split_bytes.all.peak",
-    "reserved_end_bytes": "reserved_bytes.all.current",
-    "retries": "num_alloc_retries",
+    "requested_bytes": ("requested_bytes", "peak"),
+    "active_bytes": ("active_bytes", "peak"),
+    "inactive_split_bytes": ("inactive_split_bytes", "peak"),
+    "reserved_end_bytes": ("reserved_bytes", "current"),
 }
+"""A statistic, and which of its values, of all pools together."""
+
+RETRIES = "num_alloc_retries"
+"""How often the allocator gave its cache back since the process began."""
 
 
 class CudaMeter(Meter):
@@ -39,21 +47,29 @@ class CudaMeter(Meter):
     def __init__(self, trace: str = "") -> None:
         self._trace = trace
         self._used_before: int | None = None
+        self._retries_before = 0
 
     def reset(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        self._retries_before = torch.cuda.memory_stats_as_nested_dict()[RETRIES]
 
     def read(self) -> Reading:
         # What failed may have left the device in a state that answers nothing.
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
-        stats = torch.cuda.memory_stats()
+        stats = torch.cuda.memory_stats_as_nested_dict()
         return Reading(
-            allocated_bytes=stats["allocated_bytes.all.peak"],
-            reserved_bytes=stats["reserved_bytes.all.peak"],
-            end_allocated_bytes=stats["allocated_bytes.all.current"],
-            counters={name: stats.get(key, 0) for name, key in COUNTERS.items()},
+            allocated_bytes=stats["allocated_bytes"]["all"]["peak"],
+            reserved_bytes=stats["reserved_bytes"]["all"]["peak"],
+            end_allocated_bytes=stats["allocated_bytes"]["all"]["current"],
+            counters={
+                **{
+                    name: stats[statistic]["all"][value]
+                    for name, (statistic, value) in COUNTERS.items()
+                },
+                "retries": stats[RETRIES] - self._retries_before,
+            },
         )
 
     def hold(self, tensors: Iterable[Any]) -> None:
@@ -65,18 +81,22 @@ class CudaMeter(Meter):
         reserved_bytes = torch.cuda.memory_reserved()
         paged_bytes = paged_state_bytes(optimizer)
         driver, note = read_driver(self._used_before)
+        segments, other = read_segments()
         return {
-            "segments": count_segments(torch.cuda.memory_snapshot()),
+            "segments": segments,
             "driver": driver,
             "paged_bytes": paged_bytes,
             "context_bytes": context_bytes(driver, reserved_bytes, paged_bytes),
-            "notes": [note] if note else [],
+            "notes": [text for text in (note, other) if text],
         }
 
     def __enter__(self) -> CudaMeter:
-        self._used_before = used_on_card()
+        # A process that is already on the card cannot tell what was there before it.
+        if not torch.cuda.is_initialized():
+            self._used_before = used_on_card()
         torch.cuda.init()
         if self._trace:
+            _check_traceable()
             torch.cuda.memory._record_memory_history(
                 max_entries=MOST_EVENTS, context=None, stacks="python"
             )
@@ -91,6 +111,25 @@ class CudaMeter(Meter):
         if self._trace:
             write_trace(torch.cuda.memory._snapshot(), Path(self._trace))
             torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _check_traceable() -> None:
+    backend = torch.cuda.get_allocator_backend()
+    if backend != NATIVE:
+        raise InputError(
+            "--trace",
+            backend,
+            "keeps no history of its events",
+            "leave out the option, or the backend in PYTORCH_ALLOC_CONF",
+        )
+
+
+def read_segments() -> tuple[dict[str, int], str]:
+    """What the allocator's snapshot holds, and a note where there is none."""
+    backend = torch.cuda.get_allocator_backend()
+    if backend != NATIVE:
+        return {}, f"The allocator is {backend}, which has no segments to be counted."
+    return count_segments(torch.cuda.memory_snapshot()), ""
 
 
 def count_segments(segments: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -191,8 +230,11 @@ def write_trace(snapshot: Mapping[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     events = snapshot["device_traces"][torch.cuda.current_device()]
     temporary = file.with_name(f".{file.name}.tmp")
-    with gzip.open(temporary, "wt", encoding="utf-8") as opened:
-        for event in events:
-            row = [event["action"], event.get("addr"), event.get("size")]
-            opened.write(json.dumps(row) + "\n")
-    temporary.replace(file)
+    try:
+        with gzip.open(temporary, "wt", encoding="utf-8") as opened:
+            for event in events:
+                row = [event["action"], event.get("addr"), event.get("size")]
+                opened.write(json.dumps(row) + "\n")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

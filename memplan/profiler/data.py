@@ -34,7 +34,7 @@ Row = dict[str, list[int]]
 def rows_of(task: Task, vocab_size: int) -> list[Row]:
     """The rows of every step, in order: tokens, labels and the mask of each."""
     recipe = task.recipe
-    num_batches = max(task.steps, 1) * recipe.accumulation
+    num_batches = max(task.total_steps, 1) * recipe.accumulation
     if not task.data:
         return [row for _ in range(num_batches) for row in _random(task, vocab_size)]
     texts = sorted(_tokenized(task), key=len, reverse=True)

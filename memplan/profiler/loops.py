@@ -2,7 +2,7 @@
 
 `plain` is a loop prepared by accelerate; `transformers` and `trl` are the real Trainer
 and SFTTrainer, told by their own arguments what the recipe says. All of them are given
-the recipe's optimizer, in one group of parameters.
+the recipe's optimizer, in the groups of its method.
 """
 
 # transformers is untyped to the checker.
@@ -13,13 +13,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from memplan import optimizers
+from memplan import methods
 from memplan.errors import InputError
 from memplan.inference import loaded_as
 from memplan.life import Generation
@@ -31,7 +32,7 @@ from memplan.training.attention import repeated_heads
 from memplan.training.life import Generator
 from memplan.training.loss import read_loss, run_forward
 from memplan.training.model import trained_parameters
-from memplan.training.step import autocast
+from memplan.training.step import autocast, build_optimizer
 
 
 def check(recipe: Recipe, device: str) -> None:
@@ -104,27 +105,26 @@ class _PlainLoop:
         self._moments = moments
         self._device = _device_of(model)
         self._accelerator = Accelerator(cpu=self._device.type == "cpu")
-        self._parameters = trained_parameters(model)
-        self._built = optimizers.find(self._recipe.optimizer).build(self._parameters)
+        self._built = build_optimizer(model, self._recipe)
         # The model is where it belongs, and an optimizer without state need not move.
         self._model, self._optimizer = self._accelerator.prepare(
             model, self._built, device_placement=[False, False]
         )
         self._batches = batches(task, vocab_size, self._device)
+        self._course = _Course(self._model, task, self._built, moments)
         self._outputs: Any = None
         """The model's output, for as long as the recipe keeps it."""
 
     def run(self) -> Any:
         """Runs the task's steps; the optimizer, with its state."""
-        is_over = _Clock(self._task, self._moments)
-        for step in range(1, self._task.steps + 1):
+        for step in itertools.count(1):
             self._moments.begin_step()
             losses = [
                 self._run_micro_batch(step) for _ in range(self._recipe.accumulation)
             ]
             self._update(step)
             self._moments.end_step(step, sum(losses))
-            if is_over(step):
+            if self._course.ends_with(step):
                 break
         self._outputs = None
         return self._built
@@ -150,10 +150,11 @@ class _PlainLoop:
         if self._recipe.max_grad_norm is not None:
             self._moments.begin_phase(step, "clip")
             self._accelerator.clip_grad_norm_(
-                self._parameters, self._recipe.max_grad_norm
+                trained_parameters(self._model), self._recipe.max_grad_norm
             )
         self._moments.begin_phase(step, "optimizer")
         self._optimizer.step()
+        self._course.take_step(step)
         self._optimizer.zero_grad()
         if self._recipe.keep_outputs == "backward":
             self._outputs = None
@@ -163,9 +164,9 @@ def _train_by_trainer(
     model: nn.Module, task: Task, vocab_size: int, moments: Moments
 ) -> Any:
     moments.begin("trainer")
-    optimizer = optimizers.find(task.recipe.optimizer).build(trained_parameters(model))
+    optimizer = build_optimizer(model, task.recipe)
     made = _trainer(model, task, rows_of(task, vocab_size), optimizer)
-    _watch(made, task, moments)
+    _watch(made, _Course(model, task, optimizer, moments), moments)
     made.train()
     return optimizer
 
@@ -206,7 +207,7 @@ def _arguments(task: Task) -> dict[str, Any]:
     recipe = task.recipe
     return {
         "output_dir": task.folder,
-        "max_steps": task.steps,
+        "max_steps": task.total_steps,
         "per_device_train_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.accumulation,
         "max_grad_norm": recipe.max_grad_norm or 0.0,
@@ -224,7 +225,7 @@ def _arguments(task: Task) -> dict[str, Any]:
     }
 
 
-def _watch(made: Any, task: Task, moments: Moments) -> None:
+def _watch(made: Any, course: _Course, moments: Moments) -> None:
     """Has a trainer announce its phases, by what it calls at their beginnings."""
     step = _Step()
 
@@ -249,11 +250,15 @@ def _watch(made: Any, task: Task, moments: Moments) -> None:
     made.optimizer.register_step_pre_hook(
         lambda *_: moments.begin_phase(step.number, "optimizer")
     )
-    made.add_callback(_step_callback(step, moments, _Clock(task, moments)))
+    made.add_callback(_step_callback(step, moments, course))
 
 
-def _step_callback(step: _Step, moments: Moments, is_over: _Clock) -> Any:
-    """What counts a trainer's steps, and ends the training when time is up."""
+def _step_callback(step: _Step, moments: Moments, course: _Course) -> Any:
+    """What counts a trainer's steps, does what the method adds, and ends the training.
+
+    A method's own part of a step comes before gradients are dropped
+    (Trainer._inner_training_loop).
+    """
     import transformers
 
     class Steps(transformers.TrainerCallback):
@@ -264,9 +269,14 @@ def _step_callback(step: _Step, moments: Moments, is_over: _Clock) -> Any:
             step.loss = 0.0
             moments.begin_step()
 
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, **_: Any
+        ) -> None:
+            course.take_step(step.number)
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             moments.end_step(step.number, step.loss)
-            control.should_training_stop |= is_over(step.number)
+            control.should_training_stop |= course.ends_with(step.number)
 
     return Steps()
 
@@ -281,17 +291,51 @@ class _Step:
         self.loss = 0.0
 
 
-class _Clock:
-    """Says whether to stop: time is up, and there are measured steps."""
+class _Course:
+    """What comes with steps and between them: the method's part, and the end.
 
-    def __init__(self, task: Task, moments: Moments) -> None:
-        self._limit = task.seconds
+    A method's milestone is reached after the task's steps, and one step follows it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        moments: Moments,
+    ) -> None:
+        self._model = model
+        self._task = task
+        self._method = methods.find(task.recipe.method)
+        self._optimizer = optimizer
         self._moments = moments
+        self._is_last = False
+        """Whether the milestone is past, so that the step after it is the last."""
 
-    def __call__(self, step: int) -> bool:
-        if self._limit is None or step <= WARM_UP_STEPS:
+    def take_step(self, step: int) -> None:
+        """The method's part of a step, while gradients are there."""
+        self._method.after_step(self._model, self._optimizer, step)
+
+    def ends_with(self, step: int) -> bool:
+        """Whether a step that is over was the last; reaches the milestone if not."""
+        if self._is_last:
+            return True
+        if step < self._task.steps and not self._is_time_up(step):
             return False
-        return self._moments.seconds > self._limit
+        label = self._task.milestone
+        if label is None:
+            return True
+        self._moments.begin_milestone(label)
+        self._method.reach_milestone(self._model, self._task.recipe, self._optimizer)
+        self._moments.end()
+        self._is_last = True
+        return False
+
+    def _is_time_up(self, step: int) -> bool:
+        limit = self._task.seconds
+        if limit is None or step <= WARM_UP_STEPS:
+            return False
+        return self._moments.seconds > limit
 
 
 def _tokenizer() -> Any:

@@ -69,13 +69,15 @@ class Events(Protocol):
 class Moments:
     """Tells the meter and the journal which moment of the fine-tune begins.
 
-    A moment lasts until the next begins. Steps after the warm-up share the label `2.`.
+    A moment lasts until the next begins. Steps after the warm-up share the label `2.`,
+    and those after what a method does between steps, a milestone, the label `3.`.
     """
 
     def __init__(self, meter: Meter, journal: Events) -> None:
         self._meter = meter
         self._journal = journal
         self._label = ""
+        self._is_past_milestone = False
         self._first_started: float | None = None
         self._started = 0.0
         self._step_started = 0.0
@@ -102,7 +104,14 @@ class Moments:
 
     def begin_phase(self, step: int, phase: str) -> None:
         """Starts a phase of a step, which counts from 1."""
-        self.begin(f"{min(step, WARM_UP_STEPS + 1)}.{phase}")
+        measured = WARM_UP_STEPS + 1
+        number = measured + 1 if self._is_past_milestone else min(step, measured)
+        self.begin(f"{number}.{phase}")
+
+    def begin_milestone(self, label: str) -> None:
+        """Starts what a method does between steps."""
+        self.begin(label)
+        self._is_past_milestone = True
 
     def begin_step(self) -> None:
         """Starts the clock of a step."""

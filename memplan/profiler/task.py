@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memplan import methods
 from memplan.inference import Inference
 from memplan.recipe import Recipe
 
@@ -27,7 +28,8 @@ class Task:
     device: str
     """`cuda` or `cpu`."""
     steps: int = 3
-    """Steps of the optimizer, the warm-up step among them."""
+    """Steps of the optimizer, the warm-up step among them; a method that does something
+    between steps, such as relora, does it after them and runs one step more."""
     seed: int = 0
     weights: str = "random"
     """`random`, or `checkpoint` to load them by from_pretrained."""
@@ -44,6 +46,16 @@ class Task:
     """After so many, no further step is begun once there are measured ones."""
     folder: str = ""
     """A folder of the run's own, for what trainers write."""
+
+    @property
+    def milestone(self) -> str | None:
+        """What the method does between steps, if it does anything."""
+        return methods.find(self.recipe.method).milestone(self.recipe)
+
+    @property
+    def total_steps(self) -> int:
+        """All steps, with the one after the milestone."""
+        return self.steps if self.milestone is None else self.steps + 1
 
     def to_line(self) -> str:
         """The task as one line."""

@@ -24,6 +24,8 @@ class Quantization(ABC):
     """Bits of a stored weight without its state; None where weights stay as loaded."""
     loading_flag: ClassVar[str | None]
     """The attribute by which transformers and PEFT know such a model."""
+    loads_checkpoints: ClassVar[bool] = True
+    """Whether transformers' from_pretrained quantises a checkpoint to it."""
     kbit_casts: ClassVar[bool] = True
     """Whether PEFT's preparation casts what is not quantised to float32."""
     kbit_prepares: ClassVar[bool] = True

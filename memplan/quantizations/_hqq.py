@@ -33,6 +33,8 @@ class Hqq(Quantization):
     """Integer codes with a scale and a zero point a group, packed by rows of groups."""
 
     loading_flag: ClassVar[str | None] = "hqq_quantized"
+    # transformers 5 raises for it (`HfQuantizer.get_quantize_ops`).
+    loads_checkpoints: ClassVar[bool] = False
     kbit_casts: ClassVar[bool] = False
     lora_only: ClassVar[bool] = True
     keeps_input: ClassVar[bool] = True

@@ -28,6 +28,7 @@ class Nf4Icq(FourBits):
     summary: ClassVar[str] = "NF4 of shifted blocks (IR-QLoRA's calibration)"
     quant_type: ClassVar[str] = "nf4"
     double: ClassVar[bool] = True
+    loads_checkpoints: ClassVar[bool] = False
     merge_problem: ClassVar[str | None] = (
         "cannot be done: PEFT reads the base's codes without their shifts"
     )

@@ -27,6 +27,7 @@ from memplan.simulator import (
 )
 from memplan.simulator.events import FREE, MARK, EventLog
 from memplan.simulator.inference import answer
+from memplan.simulator.life import LifeTracer
 from memplan.simulator.load import Loader
 from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
@@ -35,8 +36,9 @@ from memplan.training.step import Loop
 
 
 def simulate_on_cpu(architecture: Architecture, recipe: Recipe) -> Footprint:
-    """Bytes of tensors through the load, the adaptation and two steps on a CPU.
+    """Bytes of tensors through the load, the adaptation and the steps on a CPU.
 
+    After two steps comes what the method does between steps, and one more step.
     What is reserved is what is allocated. Raises InputError for a recipe that cannot
     run.
     """
@@ -90,6 +92,8 @@ def _trace(architecture: Architecture, recipe: Recipe) -> EventLog:
             loop = Loop(adapted, recipe, architecture.vocab_size, phase)
             for number in range(1, STEPS + 1):
                 loop.run_step(number, recipe.accumulation)
+            lived = LifeTracer(adapted, recipe, architecture, tracer, phase, cpu=True)
+            lived.reach_milestone(loop, STEPS)
             tracer.stop()
     return log
 

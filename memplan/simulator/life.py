@@ -46,14 +46,18 @@ Phase = Callable[[str], AbstractContextManager[None]]
 class LifeTracer:
     """Runs what of a life is asked for, each moment a phase that is announced."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of what is traced
         self,
         model: nn.Module,
         recipe: Recipe,
         architecture: Architecture,
         tracer: Tracer,
         phase: Phase,
+        *,
+        cpu: bool = False,
     ) -> None:
+        """`cpu` says that the model lies on the host itself."""
+        self._cpu = cpu
         self._model = model
         self._recipe = recipe
         self._vocab_size = architecture.vocab_size
@@ -175,7 +179,7 @@ class LifeTracer:
         quantised = self._recipe.quantization != "none"
         with ExitStack() as stack:
             if quantised:
-                stack.enter_context(_quantising(self._tracer))
+                stack.enter_context(_quantising(self._tracer, cpu=self._cpu))
             for kind in kinds:
                 merge = self._telling(kind.merge, paths)
                 stack.enter_context(mock.patch.object(kind, "merge", merge))
@@ -392,11 +396,12 @@ def _write_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quantising(tracer: Tracer) -> Iterator[None]:
+def _quantising(tracer: Tracer, *, cpu: bool) -> Iterator[None]:
     """Lets bitsandbytes quantise meta tensors as what comes from the host to the card.
 
     PEFT sends merged weights to the host and back, where their arrival on the card
-    quantises them (Params4bit.to, Int8Params.to); `_quantize` itself runs as it is.
+    quantises them (Params4bit.to, Int8Params.to); `_quantize` itself runs as it is. On
+    the host (`cpu`) nothing is copied on the way.
     """
     from bitsandbytes import functional
     from bitsandbytes import nn as bnb_nn
@@ -404,17 +409,21 @@ def _quantising(tracer: Tracer) -> Iterator[None]:
     def to_host(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args != ("cpu",):
             return original_to(tensor, *args, **kwargs)
+        if cpu:
+            return tensor
         with _disable_current_modes():
             copy = torch.empty_like(tensor, device="meta", requires_grad=False)
         tracer.ignore(copy)
         return copy
 
     def to_card_4bit(weight: Any, device: torch.device) -> Any:
-        weight.data = torch.empty_like(weight.data)
+        if not cpu:
+            weight.data = torch.empty_like(weight.data)
         return weight._quantize(device)
 
     def to_card_int8(weight: Any, device: torch.device) -> Any:
-        weight.data = torch.empty_like(weight.data, dtype=torch.float16)
+        if not cpu:
+            weight.data = torch.empty_like(weight.data, dtype=torch.float16)
         return weight._quantize(device)
 
     original_to = Tensor.to

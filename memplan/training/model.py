@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ def load(
 
     Raises InputError where the checkpoint cannot be loaded.
     """
+    if Path(checkpoint).is_file():
+        raise _unloadable(checkpoint, "is a file, and weights lie in a folder")
+    _check_loadable(recipe)
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -79,14 +83,27 @@ def load(
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise InputError(
-            "--weights",
-            checkpoint,
-            f"cannot be loaded ({first_line})",
-            "give a folder or hub id with weights, or leave the option out",
-        ) from error
+        problem = f"cannot be loaded ({first_line})"
+        raise _unloadable(checkpoint, problem) from error
     model.config.use_cache = False  # type: ignore[union-attr]
     return model
+
+
+def _check_loadable(recipe: Recipe) -> None:
+    """Raises InputError for a scheme that from_pretrained quantises no weights to."""
+    if quantizations.find(recipe.quantization).loads_checkpoints:
+        return
+    raise InputError(
+        "quantization",
+        recipe.quantization,
+        "is nothing that transformers loads a checkpoint to",
+        "leave out --weights, or use one of: nf4-double, int8, quanto-int8",
+    )
+
+
+def _unloadable(checkpoint: str, problem: str) -> InputError:
+    remedy = "give a folder or hub id with weights, or leave the option out"
+    return InputError("--weights", checkpoint, problem, remedy)
 
 
 def declare_quantized(model: Any, recipe: Recipe) -> None:
@@ -380,7 +397,7 @@ def _check_patterns(model: nn.Module, recipe: Recipe) -> None:
         if isinstance(module, BaseTunerLayer)
     ]
     patterns = {"rank_pattern", "alpha_pattern", "lambda_pattern"}
-    for field in sorted(patterns & methods.find(recipe.method).uses):
+    for field in sorted(patterns & methods.find(recipe.method).reads(recipe)):
         for key in getattr(recipe, field):
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths):
                 raise InputError(

@@ -37,18 +37,14 @@ class Loop:
         self._method = methods.find(recipe.method)
         self._vocab_size = vocab_size
         self._phase = phase
-        self._parameters = trained_parameters(model)
-        self._device = self._parameters[0].device
+        self._device = trained_parameters(model)[0].device
         self._outputs: Any = None
         """The model's output, where the loop holds it from one step to the next."""
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the trained parameters, without state until a step ran."""
-        scheme = optimizers.find(self._recipe.optimizer)
-        optimizer = scheme.build_for(self._model, self._parameters)
-        self._method.arrange(optimizer, self._model, self._recipe)
-        return optimizer
+        return build_optimizer(self._model, self._recipe)
 
     def run_step(self, number: int, micro_batches: int) -> None:
         """One optimizer step over so many micro-batches."""
@@ -58,7 +54,7 @@ class Loop:
         if self._recipe.max_grad_norm is not None:
             with self._phase(f"{number}.clip"):
                 torch.nn.utils.clip_grad_norm_(
-                    self._parameters, self._recipe.max_grad_norm
+                    trained_parameters(self._model), self._recipe.max_grad_norm
                 )
         with self._phase(f"{number}.optimizer"):
             optimizer.step()
@@ -73,7 +69,6 @@ class Loop:
         assert label is not None
         with self._phase(label):
             self._method.reach_milestone(self._model, self._recipe, self.optimizer)
-        self._parameters = trained_parameters(self._model)
 
     def _run_micro_batch(self, number: int, micro_batches: int) -> None:
         keep = self._recipe.keep_outputs
@@ -91,6 +86,14 @@ class Loop:
         with self._phase(f"{number}.backward"):
             loss.backward()
             del loss, batch
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer of what is trained, in the groups of its method."""
+    scheme = optimizers.find(recipe.optimizer)
+    optimizer = scheme.build_for(model, trained_parameters(model))
+    methods.find(recipe.method).arrange(optimizer, model, recipe)
+    return optimizer
 
 
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager[Any]:

@@ -112,6 +112,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
         events_of(asked, tmp_path)
 
 
+def test_a_config_has_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(dict(LLAMA)))
+
+    with pytest.raises(InputError, match="weights lie in a folder"):
+        events_of(task(weights="checkpoint", model=str(file)), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("recipe", "match"),
     [
@@ -126,6 +134,74 @@ def test_what_a_loop_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=match):
         events_of(task(recipe), tmp_path)
+
+
+def test_what_restarts_cannot_be_asked_by_its_adapters_alone(tmp_path: Path) -> None:
+    asked = task({"method": "relora"}, generate=2, folder=str(tmp_path))
+
+    with pytest.raises(InputError, match="--generate: 2 asks adapters alone"):
+        events_of(asked, tmp_path)
+
+
+MILESTONES = [
+    ("relora", {}, "restart"),
+    ("adaq-lora", {"prune_physically": True, "target_rank": 2}, "prune"),
+]
+
+
+@pytest.mark.parametrize("trainer", PHASES)
+@pytest.mark.parametrize(("method", "options", "label"), MILESTONES)
+def test_what_a_method_does_between_steps_is_a_moment_and_a_step_follows(
+    trainer: str, method: str, options: dict[str, Any], label: str, tmp_path: Path
+) -> None:
+    recipe = {"trainer": trainer, "method": method, "method_options": options}
+    events = events_of(task(recipe, folder=str(tmp_path)), tmp_path)
+    found = labels(events)
+
+    assert found.count(label) == 1
+    where = found.index(label)
+    assert found[where - 1] == "2.optimizer"
+    assert found[where + 1 :] == [f"3.{phase}" for phase in PHASES[trainer]]
+    assert [e["number"] for e in events if e["event"] == "step"] == [1, 2, 3]
+    moments = {e["label"]: e for e in events if e["event"] == "moment"}
+    before, after = moments["2.optimizer"], moments["3.optimizer"]
+    if label == "prune":
+        # Half of the triplets: of parameters, moments and importance.
+        freed = before["end_allocated_bytes"] - after["end_allocated_bytes"]
+        (told,) = (e for e in events if e["event"] == "parameters")
+        share = (4 + 8 + 12) * told["trainable"] // 2
+        assert freed == pytest.approx(share, rel=0.1)
+    else:
+        # But for the batch that a trainer fetches ahead.
+        assert after["end_allocated_bytes"] == pytest.approx(
+            before["end_allocated_bytes"], abs=1024
+        )
+
+
+def test_time_that_is_up_brings_the_milestone_forward(tmp_path: Path) -> None:
+    asked = task({"method": "relora"}, steps=50, seconds=1e-9)
+    events = events_of(asked, tmp_path)
+
+    assert [e["number"] for e in events if e["event"] == "step"] == [1, 2, 3]
+    assert "restart" in labels(events)
+
+
+def test_adalora_s_importance_is_there_from_the_first_step(tmp_path: Path) -> None:
+    """Twelve bytes of a trained number, which the loop must ask for."""
+    ends = {}
+    for method in ("adalora", "lora"):
+        (tmp_path / method).mkdir()
+        events = events_of(task({"method": method, "rank": 8}), tmp_path / method)
+        (told,) = (e for e in events if e["event"] == "parameters")
+        moments = {e["label"]: e for e in events if e["event"] == "moment"}
+        grown = (
+            moments["1.optimizer"]["end_allocated_bytes"]
+            - moments["adapt"]["end_allocated_bytes"]
+        )
+        ends[method] = grown / told["trainable"]
+
+    assert ends["lora"] == pytest.approx(8, rel=0.1)
+    assert ends["adalora"] == pytest.approx(8 + 12, rel=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cpu_report
 import pytest
 from cpu_report import CASES, CONFIGS, WORST, Compared
 
+from memplan import methods, registry
 from memplan.recipe import Recipe
 
-SLICE = (0, 4, 5, 20)
-"""One of each trainer, and experts."""
+SLICE = (
+    *(0, 4, 5, 20),
+    *(
+        number
+        for number, (_, keys) in enumerate(CASES)
+        if keys.get("method") in ("adaq-lora", "lora-fa")
+    ),
+)
+"""One of each trainer, and experts; what prunes, and an optimizer that reads layers."""
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +52,34 @@ def test_all_of_them_are_covered() -> None:
     assert len(CASES) >= 20
     assert len({family for family, _ in CASES}) == len(CONFIGS) >= 6
     assert {recipe.trainer for recipe in recipes} == {"plain", "transformers", "trl"}
+    assert {recipe.method for recipe in recipes} == set(registry.names("methods"))
     asked = {recipe.quantization for recipe in recipes}
-    assert asked == set(quantizations_of_bitsandbytes())
-    assert {recipe.method for recipe in recipes} == {"full", "lora", "rslora", "dora"}
+    assert {kind_of(name) for name in asked} == {
+        kind_of(name) for name in registry.names("quantizations")
+    }
 
 
-def quantizations_of_bitsandbytes() -> list[str]:
-    return ["none", "int8", "nf4", "nf4-double", "fp4", "fp4-double"]
+def kind_of(quantization: str) -> str:
+    """A scheme without its width, where it has several that are alike."""
+    kind, _, width = quantization.partition("-")
+    return kind if width.endswith("bit") or width.startswith("int") else quantization
+
+
+def test_what_methods_do_between_steps_is_measured_too() -> None:
+    """The restart over 16-bit weights, and the pruning, with the step after them."""
+    numbers = [n for n, (_, keys) in enumerate(CASES) if milestone_of(keys)]
+    found = {milestone_of(CASES[number][1]) for number in numbers}
+    with cpu_report.quiet():
+        each = cpu_report.compare(numbers[0])
+
+    assert found == {"restart", "prune"}
+    assert {"restart", "3.forward", "3.optimizer, end"} <= each.errors["meter"].keys()
+    check(each)
+
+
+def milestone_of(keys: Mapping[str, Any]) -> str | None:
+    recipe = Recipe(**keys)
+    return methods.find(recipe.method).milestone(recipe)
 
 
 @pytest.mark.slow

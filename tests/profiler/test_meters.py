@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import statistics
+import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from allocation_reader import ProfilerMeter
 
 from memplan.errors import InputError
 from memplan.profiler import cuda_meter
@@ -25,6 +29,8 @@ from memplan.profiler.cuda_meter import (
     read_driver,
     write_trace,
 )
+from memplan.profiler.meter import Moments
+from memplan.profiler.task import Journal
 from memplan.units import MIB
 
 KILO_FLOATS = 4000
@@ -69,6 +75,45 @@ def test_what_autograd_saves_is_seen_until_backward_lets_it_go() -> None:
     assert (before, after) == (2 * KILO_FLOATS + 4, 2 * KILO_FLOATS)
 
 
+def dense(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Two gradients of the weight, each a tensor of its own."""
+    return weight.sin().sum() + weight.exp().sum()
+
+
+def tied(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """As an embedding that is the head too: the head's gradient is a view."""
+    rows = torch.nn.functional.embedding(torch.arange(8), weight)
+    return (rows @ x @ weight.t()).sum()
+
+
+@pytest.mark.parametrize("loss_of", [dense, tied])
+def test_sums_of_gradients_take_what_the_engine_takes(
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """It adds in place, as torch's profiler sees, but for views."""
+    peaks = []
+    for meter in (CpuMeter(), ProfilerMeter()):
+        weight = torch.ones(1000, 50, requires_grad=True)
+        x = torch.ones(50, 50)
+        with meter:
+            meter.hold((weight, x))
+            loss = loss_of(weight, x)
+            meter.reset()
+            before = meter.read()
+            meter.reset()
+            loss.backward()
+            reading = meter.read()
+        if isinstance(meter, ProfilerMeter):
+            # What was made before the profile began is not in it.
+            held = weight.nbytes + x.nbytes
+            peaks.append(meter.peaks()[1][0] + held)
+        else:
+            assert before.end_allocated_bytes < reading.allocated_bytes
+            peaks.append(reading.allocated_bytes)
+
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
 def test_nothing_of_the_meta_device_counts() -> None:
     with CpuMeter() as meter:
         torch.ones(1000, device="meta") + 1
@@ -77,13 +122,11 @@ def test_nothing_of_the_meta_device_counts() -> None:
 
 
 STATS = {
-    "allocated_bytes.all.peak": 70,
-    "allocated_bytes.all.current": 50,
-    "reserved_bytes.all.peak": 90,
-    "reserved_bytes.all.current": 80,
-    "requested_bytes.all.peak": 65,
-    "active_bytes.all.peak": 75,
-    "inactive_split_bytes.all.peak": 5,
+    "allocated_bytes": {"all": {"peak": 70, "current": 50}},
+    "reserved_bytes": {"all": {"peak": 90, "current": 80}},
+    "requested_bytes": {"all": {"peak": 65, "current": 45}},
+    "active_bytes": {"all": {"peak": 75, "current": 55}},
+    "inactive_split_bytes": {"all": {"peak": 5, "current": 5}},
     "num_alloc_retries": 2,
 }
 
@@ -95,12 +138,13 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, answer in {
         "synchronize": None,
         "reset_peak_memory_stats": None,
-        "memory_stats": STATS,
+        "memory_stats_as_nested_dict": STATS,
         "memory_reserved": 80,
         "memory_snapshot": [{"segment_type": "large", "total_size": 80}],
         "mem_get_info": (100, 1000),
         "init": None,
         "current_device": 0,
+        "get_allocator_backend": "native",
     }.items():
         monkeypatch.setattr(
             torch.cuda,
@@ -116,8 +160,8 @@ def test_peaks_are_read_before_they_are_reset(card: list[str]) -> None:
     reading = meter.read()
 
     assert card == [
-        *("synchronize", "reset_peak_memory_stats"),
-        *("synchronize", "memory_stats"),
+        *("synchronize", "reset_peak_memory_stats", "memory_stats_as_nested_dict"),
+        *("synchronize", "memory_stats_as_nested_dict"),
     ]
     assert (reading.allocated_bytes, reading.reserved_bytes) == (70, 90)
     assert reading.end_allocated_bytes == 50
@@ -126,7 +170,7 @@ def test_peaks_are_read_before_they_are_reset(card: list[str]) -> None:
         "active_bytes": 75,
         "inactive_split_bytes": 5,
         "reserved_end_bytes": 80,
-        "retries": 2,
+        "retries": 0,
     }
 
 
@@ -325,6 +369,7 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in {
         "_cuda_memoryStats": stats,
         "_cuda_memorySnapshot": {"segments": [segment], "device_traces": [[]]},
+        "_cuda_getAllocatorBackend": "native",
     }.items():
         monkeypatch.setattr(
             torch._C, name, lambda *args, _answer=answer: _answer, raising=False
@@ -344,6 +389,46 @@ def test_torch_s_own_statistics_have_every_counter(allocator: None) -> None:
         "reserved_end_bytes": 45 * MIB,
         "retries": 2,
     }
+
+
+def test_retries_are_those_of_the_moment(
+    allocator: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator counts them from when the process began."""
+    meter = CudaMeter()
+    monkeypatch.setattr(
+        torch._C, "_cuda_resetPeakMemoryStats", lambda device: None, raising=False
+    )
+    meter.reset()
+    before = meter.read().counters["retries"]
+    more = nested_stats(retries=5, ooms=1)
+    monkeypatch.setattr(torch._C, "_cuda_memoryStats", lambda device: more)
+
+    assert (before, meter.read().counters["retries"]) == (0, 3)
+
+
+def test_reading_a_step_takes_little_of_the_host(
+    allocator: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without what synchronising costs: that is known on a card alone."""
+    monkeypatch.setattr(
+        torch._C, "_cuda_resetPeakMemoryStats", lambda device: None, raising=False
+    )
+    moments = Moments(CudaMeter(), Journal(tmp_path / "journal.jsonl"))
+    seconds = []
+    for step in range(1, 51):
+        started = time.perf_counter()
+        moments.begin_step()
+        for phase in ("forward", "backward", "clip", "optimizer"):
+            moments.begin_phase(step, phase)
+        moments.end_step(step, 1.0)
+        seconds.append(time.perf_counter() - started)
+
+    assert statistics.median(seconds) < 0.02 * SHORT_STEP_SECONDS
+
+
+SHORT_STEP_SECONDS = 0.05
+"""A step of a small model over a few hundred tokens, on a card."""
 
 
 def test_torch_s_own_snapshot_is_counted(

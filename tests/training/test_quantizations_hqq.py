@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_training_methods import keys_of, train
+import transformers
+from test_training_methods import keys_of, logits_of, train
 from test_training_step import loss_of
-from tiny_models import adapted, tiny_recipe
+from tiny_models import CONFIGS, CPU, adapted, architecture, built, loop_of, tiny_recipe
 from torch import nn
 
-from memplan import checks, quantizations, simulator
+from memplan import checks, methods, quantizations, simulator
 from memplan.catalog import inspect
 from memplan.errors import InputError
 from memplan.gpu import find_gpu
+from memplan.profiler.cpu_meter import StorageTracker
 from memplan.recipe import Recipe
+from memplan.simulator.cpu import simulate_on_cpu
 from memplan.simulator.operators import rule_of
 from memplan.simulator.operators.plain import PLAIN
+from memplan.training import model as training_model
 from memplan.training.life import merge
 
 quantize = pytest.importorskip("hqq.core.quantize")
@@ -85,8 +90,9 @@ def test_filled_layers_are_hqq_s(bits: int) -> None:
     assert torch.equal(layer.dequantize(), made.dequantize())
 
 
-def test_a_frozen_layer_keeps_its_input_alone() -> None:
-    layer = theirs(4, torch.randn(64, 128))
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_frozen_layer_keeps_its_input_alone(bits: int) -> None:
+    layer = theirs(bits, torch.randn(64, 128))
     x = torch.randn(3, 128, dtype=torch.bfloat16, requires_grad=True)
     kept: list[int] = []
 
@@ -97,7 +103,7 @@ def test_a_frozen_layer_keeps_its_input_alone() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
 
-    assert quantizations.find("hqq-4bit").keeps_input
+    assert quantizations.find(f"hqq-{bits}bit").keeps_input
     assert kept == [x.untyped_storage().data_ptr()]
 
 
@@ -111,6 +117,70 @@ def test_the_loss_falls(bits: int) -> None:
     assert loss_of("llama", train("llama", keys), recipe) < before - 0.1
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_saved_adapters_load_with_equal_outputs(bits: int, tmp_path: Path) -> None:
+    keys = keys_of("lora", quantization=f"hqq-{bits}bit")
+    recipe, model = tiny_recipe(**keys), train("llama", keys, 0.1)
+    trained = logits_of("llama", model, recipe)
+    model.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    base = built("llama", **keys)
+    training_model.prepare(base, recipe)
+    untrained = logits_of("llama", base, recipe)
+
+    loaded = methods.find("lora").load(base, str(tmp_path))
+
+    assert torch.equal(logits_of("llama", loaded, recipe), trained)
+    assert not torch.allclose(trained, untrained, atol=1e-2)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_bytes_of_a_real_step_are_the_simulated_ones(
+    bits: int, checkpointing: str
+) -> None:
+    """Of tensors on the CPU, by the profiler's tracker."""
+    keys = keys_of("lora", quantization=f"hqq-{bits}bit", checkpointing=checkpointing)
+    recipe, model = tiny_recipe(**keys), adapted("llama", **keys)
+    loop = loop_of("llama", model, **keys)
+    tracker = StorageTracker("cpu")
+    with tracker:
+        tracker.see([*model.parameters(), *model.buffers()])
+        loop.run_step(1, 1)
+        tracker.reset()
+        loop.run_step(2, 1)
+
+    simulated = simulate_on_cpu(architecture("llama"), recipe)
+
+    peak = max(m.allocated_bytes for m in simulated.moments if m.label[0] == "2")
+    assert tracker.peak_bytes == pytest.approx(peak, rel=0.005)
+
+
+@pytest.mark.parametrize("quantization", ["hqq-4bit", "nf4-icq"])
+def test_what_transformers_does_not_load_a_checkpoint_to_is_refused(
+    quantization: str, tmp_path: Path
+) -> None:
+    """It would leave the weights as they are, or calibrate nothing."""
+    config = transformers.AutoConfig.for_model("llama", **CONFIGS["llama"])
+    saved = transformers.AutoModelForCausalLM.from_config(config)
+    saved.save_pretrained(tmp_path)
+    recipe = tiny_recipe(quantization=quantization)
+
+    with pytest.raises(InputError, match=f"quantization: '{quantization}' is nothing"):
+        training_model.load(architecture("llama"), recipe, str(tmp_path), CPU)
+
+
+def test_transformers_itself_refuses_it(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("llama", **CONFIGS["llama"])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    with pytest.raises(NotImplementedError, match="HQQ is not available yet"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            device_map={"": CPU},
+            quantization_config=transformers.HqqConfig(nbits=4, group_size=64),
+        )
+
+
 def test_variants_of_lora_train_on_it() -> None:
     keys = keys_of("q-bara", quantization="hqq-4bit")
     recipe = tiny_recipe(**keys)
@@ -119,22 +189,22 @@ def test_variants_of_lora_train_on_it() -> None:
     assert loss_of("llama", train("llama", keys), recipe) < before - 0.1
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_it_is_simulated(bits: int) -> None:
     """The load holds what is stored; every operator of a step is known."""
-    architecture = inspect("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    llama = inspect("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
     scheme = quantizations.find(f"hqq-{bits}bit")
     recipe = Recipe(quantization=f"hqq-{bits}bit", sequence_length=64)
-    traced = simulator.trace(architecture, recipe, find_gpu("A100 80GB"))
+    traced = simulator.trace(llama, recipe, find_gpu("A100 80GB"))
 
-    footprint = simulator.simulate(architecture, recipe)
+    footprint = simulator.simulate(llama, recipe)
 
     unknown = [op for op in traced.operators if op.name() not in PLAIN]
     assert [op.name() for op in unknown if rule_of(op) is None] == []
     load = next(m for m in footprint.moments if m.label == "load")
     stored = sum(
         sum(scheme.stored_bytes(linear.num_weights, linear.out_features))
-        for _, linear in architecture.all_linears()
+        for _, linear in llama.all_linears()
         if linear.kind != "head"
     )
     dense = 2 * (2 * 32000 * 2048 + 45 * 2048)
@@ -142,10 +212,10 @@ def test_it_is_simulated(bits: int) -> None:
 
 
 def test_what_cannot_carry_it_is_refused() -> None:
-    architecture = inspect("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    llama = inspect("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
     for method in ("adalora", "vera", "dora"):
         with pytest.raises(InputError, match="quantization: 'hqq-4bit'"):
-            checks.check(architecture, Recipe(method=method, quantization="hqq-4bit"))
+            checks.check(llama, Recipe(method=method, quantization="hqq-4bit"))
 
 
 def test_groups_that_do_not_fill_an_integer_are_refused() -> None:

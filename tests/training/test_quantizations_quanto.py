@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from test_training_methods import NAMES, RATES, keys_of, train
+from test_training_methods import NAMES, RATES, keys_of, logits_of, train
 from test_training_step import loss_of
 from tiny_models import CONFIGS, CPU, adapted, architecture, built, loop_of, tiny_recipe
 from torch import nn
 
-from memplan import checks, quantizations, simulator
+from memplan import checks, methods, quantizations, simulator
 from memplan.catalog import inspect
 from memplan.errors import InputError
 from memplan.gpu import find_gpu
@@ -21,6 +22,7 @@ from memplan.recipe import Recipe
 from memplan.simulator.cpu import simulate_on_cpu
 from memplan.simulator.operators import rule_of
 from memplan.simulator.operators.plain import PLAIN
+from memplan.training import model as training_model
 from memplan.training.life import merge
 from memplan.training.wrapped import plain_tensors
 
@@ -115,6 +117,22 @@ def test_a_frozen_layer_keeps_its_input_alone(bits: int) -> None:
     held = {t.data_ptr() for tensor in kept for t in plain_tensors(tensor)}
     assert quantizations.find(f"quanto-int{bits}").keeps_input
     assert held - weight == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_saved_adapters_load_with_equal_outputs(bits: int, tmp_path: Path) -> None:
+    keys = keys_of("lora", quantization=f"quanto-int{bits}")
+    recipe, model = tiny_recipe(**keys), train("llama", keys, 0.1)
+    trained = logits_of("llama", model, recipe)
+    model.save_pretrained(str(tmp_path))  # type: ignore[operator]
+    base = built("llama", **keys)
+    training_model.prepare(base, recipe)
+    untrained = logits_of("llama", base, recipe)
+
+    loaded = methods.find("lora").load(base, str(tmp_path))
+
+    assert torch.equal(logits_of("llama", loaded, recipe), trained)
+    assert not torch.allclose(trained, untrained, atol=1e-2)
 
 
 REFUSED = [("dora", bits) for bits in WIDTHS] + [("adalora", 8), ("adaq-lora", 8)]
@@ -212,13 +230,11 @@ def test_the_bytes_of_a_real_step_are_the_simulated_ones(
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_transformers_quantises_a_checkpoint_to_the_same_layers(
-    bits: int, tmp_path: Any
+    bits: int, tmp_path: Path
 ) -> None:
     config = transformers.AutoConfig.for_model("llama", **CONFIGS["llama"])
     saved = transformers.AutoModelForCausalLM.from_config(config)
     saved.save_pretrained(tmp_path)
-    from memplan.training import model as training_model
-
     recipe = tiny_recipe(quantization=f"quanto-int{bits}")
 
     loaded = training_model.load(architecture("llama"), recipe, str(tmp_path), CPU)

@@ -12,12 +12,13 @@ import torch
 from peft.optimizers.lorafa import LoraFAOptimizer
 from storage_meter import StorageMeter
 from test_training_methods import keys_of, logits_of, train
-from test_training_step import loss_of
+from test_training_step import loss_of, reached_by_gradients
 from tiny_models import adapted, built, loop_of, tiny_recipe
 from torch import nn
 
 from memplan import checks, methods, optimizers, quantizations
 from memplan.errors import InputError
+from memplan.methods import peft as tuners
 from memplan.methods._grouped import pool
 from memplan.quantizations import _shifted
 from memplan.recipe import Recipe
@@ -146,6 +147,19 @@ def test_ranks_by_layer_are_those_of_the_pattern(name: str) -> None:
         method.trainable_parameters(linear, methods.rank_at(recipe, path))
         for path, linear in methods.adapted_linears(tiny_architecture(), recipe)
     )
+
+
+@pytest.mark.parametrize("name", ["vera", "adalora", "adaq-lora"])
+def test_a_rank_pattern_that_a_method_has_no_place_for_is_not_installed(
+    name: str,
+) -> None:
+    patterned = adapted("llama", **keys_of(name, rank_pattern={"mlp.down_proj": 2}))
+
+    plain = even(name)
+
+    assert [p.shape for p in patterned.parameters()] == [
+        p.shape for p in plain.parameters()
+    ]
 
 
 def even(name: str) -> nn.Module:
@@ -312,6 +326,49 @@ def test_other_tuners_of_peft_train(options: dict[str, Any], quantization: str) 
     before = loss_of("llama", adapted("llama", **keys), recipe)
 
     assert loss_of("llama", train("llama", keys, 0.02), recipe) < before
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 64},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "ROAD": {"group_size": 16},
+    "WAVEFT": {"n_frequency": 64},
+}
+"""What a tuner cannot do without at these shapes."""
+
+FIRST_OF_EACH = {"none": "none", "int8": "int8", "nf4": "nf4", "fp4": "fp4-double"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peft_type", "quantization"),
+    [
+        (peft_type, FIRST_OF_EACH[scheme])
+        for peft_type, schemes in tuners.TUNERS.items()
+        for scheme in schemes
+    ],
+)
+def test_every_tuner_learns_on_what_it_is_said_to(
+    peft_type: str, quantization: str
+) -> None:
+    options = {"peft_type": peft_type, **NEEDED.get(peft_type, {})}
+    keys = keys_of("peft", method_options=options, quantization=quantization)
+    recipe = tiny_recipe(**keys)
+    model = adapted("llama", **keys)
+    reached = reached_by_gradients(model)
+    before = loss_of("llama", model, recipe)
+
+    loop = loop_of("llama", model, **keys)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 0.03
+    for number in range(1, 9):
+        torch.manual_seed(1)
+        loop.run_step(number, 1)
+
+    assert loss_of("llama", model, recipe) < before
+    assert reached == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(

@@ -68,18 +68,7 @@ def test_a_method_trains_what_it_says(family: str, name: str) -> None:
 
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
 
-    assert sum(trained) == counted(family, recipe)
-
-
-def counted(family: str, recipe: Recipe) -> int:
-    """The sum of what the method says of each layer that it adapts."""
-    method = methods.find(recipe.method)
-    return sum(
-        method.trainable_parameters(
-            linear, methods.rank_at(recipe, path), methods.options_at(recipe, path)
-        )
-        for path, linear in methods.adapted_linears(architecture(family), recipe)
-    )
+    assert sum(trained) == methods.trained_in_adapters(architecture(family), recipe)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -126,6 +115,48 @@ def test_saved_adapters_load_with_equal_outputs(
     assert not torch.allclose(trained, untrained, atol=1e-3)
     # AdaLoRA loads without its masked triplets, which changes the order of sums.
     assert torch.allclose(logits_of(family, loaded, recipe), trained, atol=1e-5)
+
+
+PATTERNS: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (name, {"rank_pattern": {"mlp.down_proj": 8, r"layers\.1\..*o_proj": 2}})
+        for name in ("lora", "dora", "lora-fa", "ir-qlora", "houlsby", "q-bara")
+    ),
+    ("lora", {"alpha_pattern": {"q_proj": 3.0}}),
+    ("q-bara", {"lambda_pattern": {"mlp.down_proj": 4}}),
+    ("qa-lora", {"lambda_pattern": {"mlp.down_proj": 32}}),
+    ("qa-hira", {"lambda_pattern": {"mlp.down_proj": 8}}),
+    ("lora", {"trained_modules": ("lm_head",)}),
+]
+
+
+@pytest.mark.parametrize(("name", "uneven"), PATTERNS, ids=str)
+def test_uneven_adapters_load_with_equal_outputs(
+    name: str, uneven: dict[str, Any], tmp_path: Path
+) -> None:
+    single = {"dtype": "float32", "compute_dtype": "float32"}
+    keys = keys_of(name, **single, **uneven)
+    recipe, model = tiny_recipe(**keys), train("llama", keys, 0.1)
+    trained = logits_of("llama", model, recipe)
+    model.save_pretrained(str(tmp_path))  # type: ignore[operator]
+
+    loaded = methods.find(name).load(built("llama", **keys), str(tmp_path))
+
+    assert torch.allclose(logits_of("llama", loaded, recipe), trained, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_falls_in_every_family(name: str, family: str) -> None:
+    """On NF4 with checkpointing, where most can go wrong."""
+    keys = keys_of(name, quantization="nf4", checkpointing="full")
+    recipe, model = tiny_recipe(**keys), adapted(family, **keys)
+    before = loss_of(family, model, recipe)
+
+    after = loss_of(family, train(family, keys, RATES.get(name, 0.01)), recipe)
+
+    assert after < before - 0.03
 
 
 MERGING = [n for n in NAMES if n not in ("houlsby",)]
