@@ -59,6 +59,38 @@ def opened(browser: Any, url: str, *, width: int, scheme: str) -> Watched:
     return watched
 
 
+def choose(page: Any, label: str, text: str) -> None:
+    """Sets a control by the keyboard, as one does who uses no mouse.
+
+    Each key waits for what the one before it has changed.
+    """
+    control = page.get_by_label(label, exact=True).first
+    is_list = control.get_attribute("role") == "combobox"
+    control.focus()
+    if is_list:
+        _becomes(page, control, "control.ariaExpanded === 'true'")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.press("Delete")
+    _becomes(page, control, "control.value === ''")
+    page.keyboard.type(text)
+    _becomes(page, control, "control.value === text", text)
+    if is_list:
+        page.locator("ul li.active", has_text=text).wait_for()
+    page.keyboard.press("Enter")
+    if is_list:
+        _becomes(page, control, "control.ariaExpanded === 'false'")
+    else:
+        page.keyboard.press("Tab")
+    _becomes(page, control, "control.value === text", text)
+
+
+def _becomes(page: Any, control: Any, condition: str, text: str = "") -> None:
+    """Waits until a condition in JavaScript holds of the control."""
+    page.wait_for_function(
+        f"([control, text]) => {condition}", arg=[control.element_handle(), text]
+    )
+
+
 def _note(watched: Watched, told: Any) -> None:
     if told.type in ("error", "warning"):
         watched.errors.append(told.text)

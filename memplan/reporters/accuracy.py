@@ -170,9 +170,8 @@ def _markdown_runs(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _draw_reading(axis: Any, reading: str, comparisons: Sequence[Comparison]) -> None:
     axis.set_title(reading)
-    own = [each for each in comparisons if reading in each.measured]
-    if own:
-        validation.draw(axis, own, reading)
+    if any(reading in each.measured for each in comparisons):
+        validation.draw(axis, comparisons, reading)
     else:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from browser import chromium, opened
+from browser import choose, chromium, opened
 
 from memplan.catalog import inspect
 from memplan.page import app
@@ -34,28 +34,28 @@ MODELS = (
 KEYS = (("quantization", "nf4-double"), ("checkpointing", "full"))
 CARD = "A100-SXM4-80GB"
 RANKS = (4, 64, 8, 32, 16, 128, 24)
+SETTLED_MS = 4000
+"""After which nothing of an earlier change is still being computed."""
+
 REPORT = Path(__file__).parents[2] / "reports" / "benchmark_page.md"
 
 STAGES = {"closed form": first, "verdict": answer, "pictures and levers": details}
 
 WATCH = """() => {
-  window.times = {};
-  const note = (name, holds) => {
-    if (holds && !(name in window.times)) window.times[name] = performance.now();
-  };
-  const verdict = document.querySelector("#verdict");
-  const changes = document.querySelector("#changes");
+  const times = window.times = {};
+  const [verdict, memory, changes] = ["verdict", "memory", "changes"].map(
+    id => document.getElementById(id));
+  const now = performance.now.bind(performance);
   new MutationObserver(() => {
-    const pending = verdict.querySelector(".pending");
-    note("closed form", pending);
-    note("verdict", "closed form" in window.times && !pending &&
-      verdict.querySelector(".verdict"));
+    if (verdict.querySelector(".pending")) times["closed form"] ??= now();
+    else if ("closed form" in times && verdict.querySelector(".verdict"))
+      times["verdict"] ??= now();
   }).observe(verdict, {subtree: true, childList: true});
-  new MutationObserver(() => {
-    note("pictures and levers", "verdict" in window.times);
-  }).observe(changes, {subtree: true, childList: true, characterData: true});
+  for (const place of [memory, changes])
+    new MutationObserver(() => { times["pictures and levers"] = now(); })
+      .observe(place, {subtree: true, childList: true, characterData: true});
 }"""
-"""Notes when each stage is first seen."""
+"""Notes when the first two are first seen, and when the last was last changed."""
 
 
 def computed(model: str) -> dict[str, float]:
@@ -85,18 +85,10 @@ def seen(page: Any) -> dict[str, float]:
         page.evaluate(WATCH)
         started = page.evaluate("performance.now()")
         rank.fill(str(value))
-        page.wait_for_function("Object.keys(window.times).length === 3")
+        page.wait_for_timeout(SETTLED_MS)
         for name, moment in page.evaluate("window.times").items():
             spent[name].append(moment - started)
-        page.wait_for_timeout(500)
     return {name: statistics.median(times) for name, times in spent.items()}
-
-
-def choose(page: Any, label: str, text: str) -> None:
-    page.get_by_label(label, exact=True).first.fill(text)
-    page.locator("ul li.active", has_text=text).wait_for()
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(4000)
 
 
 def rows() -> Iterator[str]:
@@ -109,6 +101,7 @@ def rows() -> Iterator[str]:
         choose(page, "Card", CARD)
         for model in MODELS:
             choose(page, "Model", model)
+            page.wait_for_timeout(SETTLED_MS)
             yield row(model, computed(model), seen(page))
     blocks.close()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import WIDTHS, Watched, chromium, opened
+from browser import WIDTHS, Watched, choose, chromium, opened
 from command_line import run
 
 from memplan.errors import InputError
@@ -62,38 +62,6 @@ def shows(page: Any, text: str) -> None:
         "([where, text]) => document.querySelector(where)?.innerText.trim() === text",
         arg=[VERDICT, text],
         timeout=40_000,
-    )
-
-
-def choose(page: Any, label: str, text: str) -> None:
-    """Sets a control by the keyboard, as one does who uses no mouse.
-
-    Each key waits for what the one before it has changed.
-    """
-    control = page.get_by_label(label, exact=True).first
-    is_list = control.get_attribute("role") == "combobox"
-    control.focus()
-    if is_list:
-        becomes(page, control, "control.ariaExpanded === 'true'")
-    page.keyboard.press("ControlOrMeta+a")
-    page.keyboard.press("Delete")
-    becomes(page, control, "control.value === ''")
-    page.keyboard.type(text)
-    becomes(page, control, "control.value === text", text)
-    if is_list:
-        page.locator("ul li.active", has_text=text).wait_for()
-    page.keyboard.press("Enter")
-    if is_list:
-        becomes(page, control, "control.ariaExpanded === 'false'")
-    else:
-        page.keyboard.press("Tab")
-    becomes(page, control, "control.value === text", text)
-
-
-def becomes(page: Any, control: Any, condition: str, text: str = "") -> None:
-    """Waits until a condition in JavaScript holds of the control."""
-    page.wait_for_function(
-        f"([control, text]) => {condition}", arg=[control.element_handle(), text]
     )
 
 

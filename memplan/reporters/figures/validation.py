@@ -34,16 +34,17 @@ def figure(comparisons: Sequence[Comparison], reading: str) -> Figure:
         title=f"Predicted against measured, {reading}",
         words=f"{num_runs} runs, rings simulated and dots estimated; the worst is off "
         f"by {worst.errors[reading]:+.2%}.",
-        svg=drawn(lambda axes: draw(axes, own, reading), 3.6),
+        svg=drawn(lambda axes: draw(axes, comparisons, reading), 3.6),
     )
 
 
-def draw(axes: Axes, own: Sequence[Comparison], reading: str) -> None:
-    """Draws comparisons that all have the reading."""
+def draw(axes: Axes, comparisons: Sequence[Comparison], reading: str) -> None:
+    """Draws those that have the reading; a card looks the same in every picture."""
+    own = [one for one in comparisons if reading in one.measured]
     sizes = [size / GIB for one in own for size in _pair(one, reading)]
     ends = (min(sizes) * 0.8, max(sizes) * 1.25)
     axes.plot(ends, ends, color=LIGHT["quiet"], linewidth=0.8)
-    cards = sorted({one.run.card for one in own})
+    cards = sorted({one.run.card for one in comparisons})
     for card, colour, marker in zip(cards, cycle(SERIES), cycle(MARKERS), strict=False):
         for way, style in WAYS.items():
             points = [
@@ -66,7 +67,7 @@ def draw(axes: Axes, own: Sequence[Comparison], reading: str) -> None:
     axes.set_xlabel("measured, GiB")
     axes.set_ylabel("predicted, GiB")
     axes.grid(visible=True, axis="both")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
 
 
 def _pair(one: Comparison, reading: str) -> tuple[int, int]:
