@@ -15,6 +15,7 @@ from typing import Any
 
 from memplan.errors import InputError, UnknownNameError
 from memplan.inference import ADAPTERS, Inference
+from memplan.life import SAMPLINGS
 from memplan.recipe import Recipe, parse_json_or_yaml
 
 FIELD = "--grid"
@@ -89,10 +90,12 @@ def _inference(told: Any, where: str) -> Inference | None:
             "is no inference",
             "write `inference: {adapters: none, new_tokens: 64}`, or true",
         )
-    _check_keys(given, ("new_tokens", "adapters"), where)
+    _check_keys(given, ("new_tokens", "adapters", "sampling"), where)
     whole = {**Inference().to_json(), **given}
     if whole["adapters"] not in ADAPTERS:
         raise UnknownNameError("adapters", str(whole["adapters"]), ADAPTERS)
+    if whole["sampling"] not in SAMPLINGS:
+        raise UnknownNameError("sampling", str(whole["sampling"]), SAMPLINGS)
     tokens = whole["new_tokens"]
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise InputError("new_tokens", tokens, "is no count", "give 1 or more")

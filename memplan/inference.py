@@ -8,7 +8,7 @@ from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
-from memplan.life import GENERATED_TOKENS, room_for_tokens
+from memplan.life import GENERATED_TOKENS, GREEDY, Generation, room_for_tokens
 from memplan.recipe import Recipe
 
 SEPARATE = "separate"
@@ -26,15 +26,33 @@ class Inference:
     adapters: str = SEPARATE
     """`separate`: beside the weights. `merged`: into them, on the card. `none`: the
     model alone, which is also one that was saved after merging."""
+    sampling: str = GREEDY
+    """How a token is chosen, as `memplan.life.Generation` has it."""
 
     def to_json(self) -> dict[str, Any]:
         """The inference as output shows it."""
-        return {"new_tokens": self.num_tokens, "adapters": self.adapters}
+        return {
+            "new_tokens": self.num_tokens,
+            "adapters": self.adapters,
+            "sampling": self.sampling,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Inference:
-        """The inference that `to_json` wrote."""
-        return cls(num_tokens=data["new_tokens"], adapters=data["adapters"])
+        """The inference that `to_json` wrote; a way to sample may be left out."""
+        return cls(
+            num_tokens=data["new_tokens"],
+            adapters=data["adapters"],
+            sampling=data.get("sampling", GREEDY),
+        )
+
+    def generation(self, recipe: Recipe) -> Generation:
+        """The generation that it is, of the recipe's batch."""
+        return Generation(
+            batch_size=recipe.batch_size,
+            num_tokens=self.num_tokens,
+            sampling=self.sampling,
+        )
 
     def settled(self, architecture: Architecture, recipe: Recipe) -> Inference:
         """The same, without adapters for a method that has none.

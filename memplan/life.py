@@ -19,6 +19,11 @@ EVALUATION_BATCHES = 2
 GENERATED_TOKENS = 256
 """Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
 
+GREEDY = "greedy"
+TOP_K = "top-k"
+TOP_P = "top-p"
+SAMPLINGS = (GREEDY, TOP_K, TOP_P)
+
 CARD = "card"
 HOST = "host"
 MERGE_PLACES = (CARD, HOST)
@@ -40,6 +45,10 @@ class Generation:
 
     batch_size: int
     num_tokens: int
+    sampling: str = GREEDY
+    """`greedy`: the likeliest token. `top-k`: drawn from the likeliest, which is what
+    `do_sample=True` does. `top-p`: so with a temperature and `top_p` besides, as the
+    configs of many chat models have it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,13 @@ from memplan.fields import Flag
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import ADAPTERS, SEPARATE, Inference
 from memplan.lengths import Lengths, read_lengths, tokens_of
-from memplan.life import GENERATED_TOKENS, MERGE_PLACES, LifeOptions
+from memplan.life import (
+    GENERATED_TOKENS,
+    GREEDY,
+    MERGE_PLACES,
+    SAMPLINGS,
+    LifeOptions,
+)
 from memplan.model_source import read_config
 from memplan.recipe import (
     Printed,
@@ -215,6 +221,12 @@ def inference_options(function: Function) -> Function:
             help="Adapters beside the weights, merged into them, or none at all "
             f"[{SEPARATE}].",
         ),
+        click.option(
+            "--sampling",
+            type=click.Choice(SAMPLINGS),
+            help="How tokens are chosen: the likeliest, drawn from the likeliest, or "
+            f"so with a temperature and top_p as well [{GREEDY}].",
+        ),
     )
     return _decorated(function, options)
 
@@ -227,15 +239,23 @@ def take_inference(options: dict[str, Any]) -> Inference | None:
     asked = options.pop("asks_inference")
     new_tokens = options.pop("new_tokens")
     adapters = options.pop("adapters")
+    sampling = options.pop("sampling")
     if not asked:
-        for name, value in (("--new-tokens", new_tokens), ("--adapters", adapters)):
+        given = {
+            "--new-tokens": new_tokens,
+            "--adapters": adapters,
+            "--sampling": sampling,
+        }
+        for name, value in given.items():
             if value is not None:
                 raise InputError(
                     name, value, "is of inference alone", "give --inference as well"
                 )
         return None
     return Inference(
-        num_tokens=new_tokens or GENERATED_TOKENS, adapters=adapters or SEPARATE
+        num_tokens=new_tokens or GENERATED_TOKENS,
+        adapters=adapters or SEPARATE,
+        sampling=sampling or GREEDY,
     )
 
 

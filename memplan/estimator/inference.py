@@ -28,6 +28,7 @@ from memplan.estimator.limits import (
 )
 from memplan.estimator.polynomials import Sizes, value
 from memplan.estimator.regimes import first_regime, layer_regime, model_regime
+from memplan.estimator.sampling import choosing_bytes, kept_bytes
 from memplan.estimator.trained import trained
 from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
 from memplan.footprint import CATEGORIES, Footprint, Moment
@@ -49,7 +50,7 @@ FLOAT_BYTES = 4
 HALF_BYTES = 2
 
 SCORE_BYTES = 4
-"""Of a logit that a token is chosen by: `generate` casts the last ones to float32."""
+"""Of a score of the eager path's attention, in float32."""
 
 ADAPTERS_READ = 2
 """Adapters on the card while they are loaded: the file's, and those they go into
@@ -415,15 +416,17 @@ def _heads(parts: InferenceParts) -> tuple[int, int]:
 
 
 def logit_bytes(parts: InferenceParts, batch: int) -> int:
-    """L = B V b + 4 B V: the last token's logits, and their copy in float32."""
-    return score_bytes(parts, batch) + (
-        batch * parts.architecture.vocab_size * DTYPE_BYTES[parts.recipe.dtype]
+    """B V b: the last token's logits, made while the hidden states are there."""
+    return batch * parts.architecture.vocab_size * DTYPE_BYTES[parts.recipe.dtype]
+
+
+def chosen_bytes(parts: InferenceParts, batch: int, *, later: bool) -> int:
+    """L: the last token's logits, and what the token is chosen by."""
+    vocabulary = parts.architecture.vocab_size
+    item = DTYPE_BYTES[parts.recipe.dtype]
+    return choosing_bytes(
+        parts.inference.sampling, batch, vocabulary, item, later=later
     )
-
-
-def score_bytes(parts: InferenceParts, batch: int) -> int:
-    """4 B V: what is left of a token's logits while the next is computed."""
-    return batch * parts.architecture.vocab_size * SCORE_BYTES
 
 
 def merge_bytes(parts: InferenceParts) -> int:
@@ -465,7 +468,9 @@ def prefill_points(parts: InferenceParts) -> Iterator[Point]:
         for peak in norm.peaks:
             yield Point(activations=start + value(peak, sizes), kv_cache=kept)
         start += value(norm.net, sizes)
+    chosen = chosen_bytes(parts, batch, later=False)
     yield Point(activations=start, kv_cache=kept, logits=logit_bytes(parts, batch))
+    yield Point(activations=0, kv_cache=kept, logits=chosen)
 
 
 def decode_points(parts: InferenceParts) -> Iterator[Point]:
@@ -476,7 +481,8 @@ def decode_points(parts: InferenceParts) -> Iterator[Point]:
     """
     batch, prompt = parts.recipe.batch_size, parts.recipe.sequence_length
     last = prompt + parts.inference.num_tokens - 1
-    scores = score_bytes(parts, batch)
+    vocabulary = parts.architecture.vocab_size
+    scores = kept_bytes(parts.inference.sampling, batch, vocabulary)
     at_work = max(new_token_peak(parts, group, batch, last) for group in parts.groups)
     first = kv_bytes(parts, batch, prompt)
     kept = windowed_kv_bytes(parts, batch, last)
@@ -484,7 +490,8 @@ def decode_points(parts: InferenceParts) -> Iterator[Point]:
     for keys in (first, kept):
         yield Point(activations=at_work, kv_cache=keys, logits=scores)
         yield Point(activations=0, kv_cache=keys + joined, logits=scores)
-    yield Point(activations=0, kv_cache=kept, logits=scores + logit_bytes(parts, batch))
+    chosen = chosen_bytes(parts, batch, later=True)
+    yield Point(activations=0, kv_cache=kept, logits=chosen)
 
 
 def moments(parts: InferenceParts) -> Iterator[Moment]:
@@ -583,7 +590,7 @@ def inference_terms(estimate: InferenceEstimate) -> tuple[Term, ...]:
 
 _WORDS = {
     "activations": "one layer at work",
-    "logits": "B V x bytes, and 4 B V to choose by",
+    "logits": "B V x bytes, and what a token is chosen by",
     "workspace": "cuBLAS, for the thread that multiplies",
 }
 """Where inference differs from training."""

@@ -8,6 +8,7 @@ from memplan.architecture import Architecture
 from memplan.footprint import Footprint
 from memplan.gpu import Gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference
+from memplan.life import GREEDY, TOP_K, TOP_P
 from memplan.recipe import Recipe
 from memplan.reporters import terminal
 from memplan.residuals import Range
@@ -81,6 +82,9 @@ def headline(
     )
 
 
+_SAMPLED = {GREEDY: "", TOP_K: " by top-k", TOP_P: " by top-p"}
+"""What is said of how tokens are chosen."""
+
 _ADAPTED = {SEPARATE: ", {} beside it", MERGED: ", {} merged into it", NONE: ""}
 """What is said of a method's adapters."""
 
@@ -92,7 +96,8 @@ def _inference_headline(
     adapted = _ADAPTED[inference.adapters].format(recipe.method)
     return (
         f"{architecture.name} in {base}{adapted}: {recipe.batch_size} x "
-        f"{recipe.sequence_length} tokens read, {inference.num_tokens} each answered, "
+        f"{recipe.sequence_length} tokens read, {inference.num_tokens} each answered"
+        f"{_SAMPLED[inference.sampling]}, "
         f"by {format_count(architecture.total_parameters)} parameters"
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from memplan import profile
 from memplan.footprint import CATEGORIES
 from memplan.inference import ADAPTERS
+from memplan.life import SAMPLINGS
 from memplan.plan import HASH_DIGITS
 from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
@@ -203,7 +204,11 @@ def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inference_schema() -> dict[str, Any]:
-    return _object(new_tokens=_COUNT, adapters={"enum": list(ADAPTERS)})
+    return _object(
+        new_tokens=_COUNT,
+        adapters={"enum": list(ADAPTERS)},
+        sampling={"enum": list(SAMPLINGS)},
+    )
 
 
 def _limits_schema() -> dict[str, Any]:

@@ -12,7 +12,6 @@ from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import MERGED, NONE, Inference, loaded_as
-from memplan.life import Generation
 from memplan.recipe import Recipe
 from memplan.simulation import Sample, Simulation
 from memplan.simulator import (
@@ -46,7 +45,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     *,
     record: Callable[[Iterator[Sample]], None] | None = None,
 ) -> Simulation:
-    """The simulation of a batch of prompts and their answers, greedily chosen.
+    """The simulation of a batch of prompts and their answers.
 
     Prompts are as long as the recipe's sequences. Raises InputError for what cannot
     run.
@@ -141,9 +140,7 @@ def answer(  # noqa: PLR0913 - each is a part of what is traced
     tracer.vocab_size = architecture.vocab_size
     tracer.name_parameters(model)
     tracer.name_modules(model)
-    generation = Generation(
-        batch_size=recipe.batch_size, num_tokens=inference.num_tokens
-    )
+    generation = inference.generation(recipe)
     with numbered(model):
         FewTokens(
             model, recipe, architecture.vocab_size, generation, tracer=tracer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memplan.errors import InputError
-from memplan.life import CARD, Evaluation, Generation
+from memplan.life import CARD, GREEDY, TOP_P, Evaluation, Generation
 from memplan.losses.liger import NAME as LIGER
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
@@ -28,6 +28,14 @@ Phase = Callable[[str], AbstractContextManager[None]]
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Where models keep what generation hands from one token to the next, in outputs and in
 arguments (transformers.generation.utils, ALL_CACHE_NAMES)."""
+
+
+NUM_LIKELIEST = 50
+"""Tokens that `do_sample=True` draws from (GenerationConfig's default)."""
+
+TEMPERATURE = 0.6
+LIKELIEST_SHARE = 0.9
+"""Those of Llama 3's instruct models (their generation_config.json)."""
 
 
 def evaluate(
@@ -119,12 +127,12 @@ class Evaluator:
 def generate(
     model: nn.Module, recipe: Recipe, vocab_size: int, generation: Generation
 ) -> None:
-    """Completes a batch of prompts greedily, and leaves the model as it was."""
+    """Completes a batch of prompts, and leaves the model as it was."""
     Generator(model, recipe, vocab_size, generation).run()
 
 
 class Generator:
-    """Greedy generation with a cache (transformers, GenerationMixin._sample).
+    """Generation with a cache (transformers, GenerationMixin._sample).
 
     Models are asked for the logits of the last token alone, where they can be. PEFT
     hands generation to the model below, which accelerate's autocast does not wrap.
@@ -147,8 +155,13 @@ class Generator:
         self._tokens: Tensor
         self._mask: Tensor
         self._positions: Tensor
+        self._sampling = generation.sampling
+        self._processors = _processors(generation.sampling)
+        self._logits: Tensor
+        """Of the last token; with what is made of them to choose it, they live on while
+        the next are computed."""
         self._scores: Tensor
-        """Of the last token; they live on while the next are computed."""
+        self._probabilities: Tensor | None = None
         self.caches: dict[str, Any] = {}
         """What goes from one token to the next, by the name of the argument."""
 
@@ -163,7 +176,8 @@ class Generator:
             with phase("decode"):
                 self.decode_others()
         self.caches = {}
-        del self._tokens, self._mask, self._positions, self._scores
+        del self._tokens, self._mask, self._positions, self._logits, self._scores
+        self._probabilities = None
         self._owner.train(was_training)
 
     def decode_others(self) -> None:
@@ -207,9 +221,16 @@ class Generator:
             for name in CACHE_NAMES
             if name in outputs and outputs[name] is not None
         }
-        self._scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        token = torch.argmax(self._scores, dim=-1)
-        self.append(token[:, None])
+        self._logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        self._scores = self._processors(self._tokens, self._logits)
+        self.append(self._choose()[:, None])
+
+    def _choose(self) -> Tensor:
+        """The next token of each sequence, (B,)."""
+        if self._sampling == GREEDY:
+            return torch.argmax(self._scores, dim=-1)
+        self._probabilities = nn.functional.softmax(self._scores, dim=-1)
+        return torch.multinomial(self._probabilities, num_samples=1).squeeze(1)
 
     def append(self, tokens: Tensor) -> None:
         """Takes new tokens (B, 1) as made."""
@@ -217,6 +238,23 @@ class Generator:
         next_positions = self._positions[:, -1:] + 1
         self._positions = torch.cat([self._positions, next_positions], dim=-1)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=-1)
+
+
+def _processors(sampling: str) -> Any:
+    """What makes scores of logits; where there is nothing, these are the scores.
+
+    Models differ in the numbers, which change nothing of what is allocated.
+    """
+    from transformers import generation
+
+    found = []
+    if sampling == TOP_P:
+        found.append(generation.TemperatureLogitsWarper(TEMPERATURE))
+    if sampling != GREEDY:
+        found.append(generation.TopKLogitsWarper(NUM_LIKELIEST))
+    if sampling == TOP_P:
+        found.append(generation.TopPLogitsWarper(LIKELIEST_SHARE))
+    return generation.LogitsProcessorList(found)
 
 
 def save(model: nn.Module, folder: str) -> None:

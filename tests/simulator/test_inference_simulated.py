@@ -17,6 +17,7 @@ from memplan.errors import InputError
 from memplan.footprint import Footprint
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
+from memplan.life import GREEDY, SAMPLINGS, TOP_K, TOP_P
 from memplan.model_source import ModelSource
 from memplan.profiler import child
 from memplan.profiler.cpu_meter import StorageTracker
@@ -104,8 +105,26 @@ def test_simulated_answers_take_what_real_ones_do(
         assert peak_of(simulated, label) == pytest.approx(real[label], rel=BAR)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_simulated_answers_take_what_generate_does(family: str) -> None:
+DRAWN: dict[str, dict[str, Any]] = {
+    GREEDY: {"do_sample": False},
+    TOP_K: {"do_sample": True},
+    TOP_P: {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+}
+"""What `generate` is told of how tokens are chosen."""
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling"),
+    [
+        ("llama", GREEDY),
+        ("gemma2", GREEDY),
+        ("gpt2", GREEDY),
+        ("llama", TOP_K),
+        ("llama", TOP_P),
+        ("gpt2", TOP_P),
+    ],
+)
+def test_simulated_answers_take_what_generate_does(family: str, sampling: str) -> None:
     asked = tiny_recipe(dtype="float32", sequence_length=32)
     model: Any = training_model.build(architecture(family), asked)
     model = materialize(model, asked, CPU).eval()
@@ -118,13 +137,15 @@ def test_simulated_answers_take_what_generate_does(family: str) -> None:
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=TOKENS,
             min_new_tokens=TOKENS,
-            do_sample=False,
             use_cache=True,
             pad_token_id=0,
+            **DRAWN[sampling],
         )
 
     simulated = simulate_inference_on_cpu(
-        architecture(family), asked, Inference(num_tokens=TOKENS, adapters=NONE)
+        architecture(family),
+        asked,
+        Inference(num_tokens=TOKENS, adapters=NONE, sampling=sampling),
     )
 
     assert simulated.peak.allocated_bytes == pytest.approx(tracker.peak_bytes, rel=BAR)
@@ -192,3 +213,29 @@ def test_more_tokens_than_positions_are_refused() -> None:
 
     with pytest.raises(InputError, match="at most 48"):
         simulator_inference.run(gpt2, tiny_recipe(), Inference(num_tokens=49))
+
+
+def test_what_is_drawn_is_chosen_by_several_copies_of_the_logits() -> None:
+    """Many short prompts, of which the scores of a token are the most.
+
+    Bytes of a score: its copies in the model's precision and in float32, where they
+    are drawn from masks, positions of a sort and its scratch, and random numbers.
+    """
+    rows, vocabulary = 64, 16_384
+    short = recipe(batch_size=rows, sequence_length=2, method="full")
+    model = inspect(vocab_size=vocabulary)
+    each = {GREEDY: 2 + 4 + 4, TOP_K: 2 + 4 + 8 + 5, TOP_P: 2 + 4 + 8 + 4 + 12 + 28}
+
+    peaks = {
+        sampling: peak_of(
+            simulator_inference.run(
+                model, short, Inference(num_tokens=4, sampling=sampling), CARD
+            ).footprint,
+            "decode",
+        )
+        for sampling in SAMPLINGS
+    }
+
+    for sampling in (TOP_K, TOP_P):
+        added = rows * vocabulary * (each[sampling] - each[GREEDY])
+        assert peaks[sampling] - peaks[GREEDY] == pytest.approx(added, rel=0.02)
