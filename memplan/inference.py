@@ -8,7 +8,14 @@ from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
-from memplan.life import GENERATED_TOKENS, GREEDY, Generation, room_for_tokens
+from memplan.life import (
+    DYNAMIC,
+    GENERATED_TOKENS,
+    GREEDY,
+    STATIC,
+    Generation,
+    room_for_tokens,
+)
 from memplan.recipe import Recipe
 
 SEPARATE = "separate"
@@ -28,6 +35,8 @@ class Inference:
     model alone, which is also one that was saved after merging."""
     sampling: str = GREEDY
     """How a token is chosen, as `memplan.life.Generation` has it."""
+    cache: str = DYNAMIC
+    """How keys and values are kept, likewise."""
 
     def to_json(self) -> dict[str, Any]:
         """The inference as output shows it."""
@@ -35,15 +44,17 @@ class Inference:
             "new_tokens": self.num_tokens,
             "adapters": self.adapters,
             "sampling": self.sampling,
+            "cache": self.cache,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Inference:
-        """The inference that `to_json` wrote; a way to sample may be left out."""
+        """The inference that `to_json` wrote; sampling and cache may be left out."""
         return cls(
             num_tokens=data["new_tokens"],
             adapters=data["adapters"],
             sampling=data.get("sampling", GREEDY),
+            cache=data.get("cache", DYNAMIC),
         )
 
     def generation(self, recipe: Recipe) -> Generation:
@@ -52,6 +63,17 @@ class Inference:
             batch_size=recipe.batch_size,
             num_tokens=self.num_tokens,
             sampling=self.sampling,
+            cache=self.cache,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it takes for granted."""
+        if self.cache != STATIC:
+            return ()
+        return (
+            "With a static cache `generate` compiles what decodes on a card, and its "
+            "graphs keep memory of their own; this is with disable_compile=True.",
         )
 
     def settled(self, architecture: Architecture, recipe: Recipe) -> Inference:

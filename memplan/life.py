@@ -24,6 +24,10 @@ TOP_K = "top-k"
 TOP_P = "top-p"
 SAMPLINGS = (GREEDY, TOP_K, TOP_P)
 
+DYNAMIC = "dynamic"
+STATIC = "static"
+CACHES = (DYNAMIC, STATIC)
+
 CARD = "card"
 HOST = "host"
 MERGE_PLACES = (CARD, HOST)
@@ -49,6 +53,9 @@ class Generation:
     """`greedy`: the likeliest token. `top-k`: drawn from the likeliest, which is what
     `do_sample=True` does. `top-p`: so with a temperature and `top_p` besides, as the
     configs of many chat models have it."""
+    cache: str = DYNAMIC
+    """`dynamic`: keys and values grow token by token. `static`: they are made for all
+    tokens at once (`cache_implementation="static"`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

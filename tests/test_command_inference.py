@@ -28,6 +28,7 @@ def test_simulate_prints_one_object() -> None:
         "new_tokens": 256,
         "adapters": "none",
         "sampling": "greedy",
+        "cache": "dynamic",
     }
     labels = [moment["label"] for moment in printed["moments"]]
     assert labels == ["load", "prefill", "decode"]
@@ -64,6 +65,7 @@ def test_estimate_prints_one_object() -> None:
         "new_tokens": 256,
         "adapters": "separate",
         "sampling": "greedy",
+        "cache": "dynamic",
     }
     assert sum(printed["breakdown"].values()) == printed["peak"]["device_bytes"]
     assert printed["breakdown"]["kv_cache"] > 0

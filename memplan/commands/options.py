@@ -21,6 +21,8 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.inference import ADAPTERS, SEPARATE, Inference
 from memplan.lengths import Lengths, read_lengths, tokens_of
 from memplan.life import (
+    CACHES,
+    DYNAMIC,
     GENERATED_TOKENS,
     GREEDY,
     MERGE_PLACES,
@@ -227,6 +229,12 @@ def inference_options(function: Function) -> Function:
             help="How tokens are chosen: the likeliest, drawn from the likeliest, or "
             f"so with a temperature and top_p as well [{GREEDY}].",
         ),
+        click.option(
+            "--cache",
+            type=click.Choice(CACHES),
+            help="Keys and values that grow, or have room for all tokens at once "
+            f"[{DYNAMIC}].",
+        ),
     )
     return _decorated(function, options)
 
@@ -240,11 +248,13 @@ def take_inference(options: dict[str, Any]) -> Inference | None:
     new_tokens = options.pop("new_tokens")
     adapters = options.pop("adapters")
     sampling = options.pop("sampling")
+    cache = options.pop("cache")
     if not asked:
         given = {
             "--new-tokens": new_tokens,
             "--adapters": adapters,
             "--sampling": sampling,
+            "--cache": cache,
         }
         for name, value in given.items():
             if value is not None:
@@ -256,6 +266,7 @@ def take_inference(options: dict[str, Any]) -> Inference | None:
         num_tokens=new_tokens or GENERATED_TOKENS,
         adapters=adapters or SEPARATE,
         sampling=sampling or GREEDY,
+        cache=cache or DYNAMIC,
     )
 
 

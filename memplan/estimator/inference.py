@@ -15,6 +15,7 @@ from typing import Any
 from memplan import checks, kernels, methods, quantizations, tapes
 from memplan.architecture import Architecture
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.errors import InputError
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
@@ -34,6 +35,7 @@ from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
 from memplan.footprint import CATEGORIES, Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference, loaded_as
+from memplan.life import STATIC
 from memplan.recipe import Recipe
 from memplan.tape import BlockTape, CachedLayer, Heads, ModelTape, Stretch
 
@@ -131,6 +133,7 @@ def run(
     run, MissingExtraError where a tape has to be traced first.
     """
     inference = inference.settled(architecture, recipe)
+    _refuse_static(inference)
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
@@ -144,6 +147,13 @@ def run(
         notes=(*notes, *_notes(parts), WITHOUT_CACHE),
     )
     return InferenceEstimate(footprint=footprint, parts=parts)
+
+
+def _refuse_static(inference: Inference) -> None:
+    """Raises InputError for a cache whose attention masks no tape has."""
+    if inference.cache == STATIC:
+        remedy = "use `memplan simulate`, or leave it out"
+        raise InputError("--cache", STATIC, "cannot be estimated", remedy)
 
 
 def _notes(parts: InferenceParts) -> Iterator[str]:

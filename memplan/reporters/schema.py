@@ -7,7 +7,7 @@ from typing import Any
 from memplan import profile
 from memplan.footprint import CATEGORIES
 from memplan.inference import ADAPTERS
-from memplan.life import SAMPLINGS
+from memplan.life import CACHES, SAMPLINGS
 from memplan.plan import HASH_DIGITS
 from memplan.recipe import recipe_schema
 from memplan.reporters.json import SCHEMA
@@ -208,6 +208,7 @@ def _inference_schema() -> dict[str, Any]:
         new_tokens=_COUNT,
         adapters={"enum": list(ADAPTERS)},
         sampling={"enum": list(SAMPLINGS)},
+        cache={"enum": list(CACHES)},
     )
 
 

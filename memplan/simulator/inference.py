@@ -54,6 +54,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
+    notes = (*notes, *inference.notes)
     card = gpu or find_gpu(UNNAMED_CARD)
     traced = trace(architecture, recipe, inference, card, progress)
     host = load_bytes(architecture, loaded)

@@ -40,6 +40,9 @@ KV_CACHE = "kv_cache"
 GROWING_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """The layers of a cache that hold keys and values alone (transformers.cache_utils)."""
 
+STATIC_LAYERS = ("StaticLayer", "StaticSlidingWindowLayer")
+"""Those that have room for all of them, and write in place."""
+
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -299,7 +302,8 @@ def _grows_alone(cache: Any) -> bool:
     """
     layers = getattr(cache, "layers", ())
     return all(
-        getattr(layer, "keys", None) is None or type(layer).__name__ in GROWING_LAYERS
+        getattr(layer, "keys", None) is None
+        or type(layer).__name__ in (*GROWING_LAYERS, *STATIC_LAYERS)
         for layer in layers
     )
 

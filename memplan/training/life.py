@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memplan.errors import InputError
-from memplan.life import CARD, GREEDY, TOP_P, Evaluation, Generation
+from memplan.life import CARD, GREEDY, STATIC, TOP_P, Evaluation, Generation
 from memplan.losses.liger import NAME as LIGER
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
@@ -156,6 +156,7 @@ class Generator:
         self._mask: Tensor
         self._positions: Tensor
         self._sampling = generation.sampling
+        self._is_static = generation.cache == STATIC
         self._processors = _processors(generation.sampling)
         self._logits: Tensor
         """Of the last token; with what is made of them to choose it, they live on while
@@ -195,7 +196,18 @@ class Generator:
         positions = self._mask.long().cumsum(-1) - 1
         self._positions = positions.masked_fill(self._mask == 0, 0)
         del positions
+        if self._is_static:
+            self.caches = {CACHE_NAMES[0]: self._static_cache()}
         self._take(self._forward(self._tokens, self._positions))
+
+    def _static_cache(self) -> Any:
+        """Room for all tokens but the last (GenerationMixin.generate)."""
+        from transformers import StaticCache
+
+        model: Any = self._model
+        length = self._tokens.shape[1] + self.num_tokens - 1
+        config = model.config.get_text_config(decoder=True)
+        return StaticCache(config=config, max_cache_len=length)
 
     def decode(self) -> None:
         """Makes one more token."""

@@ -18,7 +18,7 @@ from memplan.errors import InputError, MissingExtraError
 from memplan.estimator import inference as closed_form
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
-from memplan.life import SAMPLINGS
+from memplan.life import SAMPLINGS, STATIC
 from memplan.recipe import Recipe
 from memplan.store import read_json
 
@@ -163,6 +163,11 @@ def test_more_tokens_than_positions_are_refused() -> None:
             Inference(num_tokens=25),
             sequence_length=1000,
         )
+
+
+def test_a_static_cache_is_left_to_the_simulation() -> None:
+    with pytest.raises(InputError, match="memplan simulate"):
+        run(LLAMA, Inference(cache=STATIC))
 
 
 def test_no_torch_is_imported() -> None:

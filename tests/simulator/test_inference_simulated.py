@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,13 +19,14 @@ from memplan.errors import InputError
 from memplan.footprint import Footprint
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
-from memplan.life import GREEDY, SAMPLINGS, TOP_K, TOP_P
+from memplan.life import DYNAMIC, GREEDY, SAMPLINGS, STATIC, TOP_K, TOP_P
 from memplan.model_source import ModelSource
 from memplan.profiler import child
 from memplan.profiler.cpu_meter import StorageTracker
 from memplan.profiler.task import Journal, Task, read_events
 from memplan.recipe import Recipe
 from memplan.simulator import inference as simulator_inference
+from memplan.simulator import life
 from memplan.simulator.cpu import simulate_inference_on_cpu
 from memplan.training import model as training_model
 from memplan.training.values import materialize
@@ -114,17 +117,22 @@ DRAWN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("family", "sampling"),
+    ("family", "sampling", "cache"),
     [
-        ("llama", GREEDY),
-        ("gemma2", GREEDY),
-        ("gpt2", GREEDY),
-        ("llama", TOP_K),
-        ("llama", TOP_P),
-        ("gpt2", TOP_P),
+        ("llama", GREEDY, DYNAMIC),
+        ("gemma2", GREEDY, DYNAMIC),
+        ("gpt2", GREEDY, DYNAMIC),
+        ("llama", TOP_K, DYNAMIC),
+        ("llama", TOP_P, DYNAMIC),
+        ("gpt2", TOP_P, DYNAMIC),
+        ("llama", GREEDY, STATIC),
+        ("gemma2", GREEDY, STATIC),
+        ("gpt2", TOP_P, STATIC),
     ],
 )
-def test_simulated_answers_take_what_generate_does(family: str, sampling: str) -> None:
+def test_simulated_answers_take_what_generate_does(
+    family: str, sampling: str, cache: str
+) -> None:
     asked = tiny_recipe(dtype="float32", sequence_length=32)
     model: Any = training_model.build(architecture(family), asked)
     model = materialize(model, asked, CPU).eval()
@@ -139,13 +147,15 @@ def test_simulated_answers_take_what_generate_does(family: str, sampling: str) -
             min_new_tokens=TOKENS,
             use_cache=True,
             pad_token_id=0,
+            cache_implementation=cache,
+            disable_compile=True,
             **DRAWN[sampling],
         )
 
     simulated = simulate_inference_on_cpu(
         architecture(family),
         asked,
-        Inference(num_tokens=TOKENS, adapters=NONE, sampling=sampling),
+        Inference(num_tokens=TOKENS, adapters=NONE, sampling=sampling, cache=cache),
     )
 
     assert simulated.peak.allocated_bytes == pytest.approx(tracker.peak_bytes, rel=BAR)
@@ -176,6 +186,37 @@ def test_keys_and_values_grow_by_batch_length_and_heads() -> None:
     assert prefill.breakdown["kv_cache"] >= LAYERS * each * LENGTH
     assert decode.breakdown["kv_cache"] >= LAYERS * each * (LENGTH + 68)
     assert decode.breakdown["kv_cache"] <= (LAYERS + 1) * each * (LENGTH + 70) * 1.1
+
+
+def test_a_static_cache_has_room_for_all_tokens_but_the_last_from_the_first() -> None:
+    asked = Inference(num_tokens=70, cache=STATIC)
+    simulation = simulator_inference.run(inspect(), recipe(), asked)
+
+    prefill, decode = simulation.footprint.moments[-2:]
+    each = BATCH * KV_HEADS * HEAD_DIM * 2 * (LENGTH + 70 - 1)
+    block = 512
+    counter = block
+    room = LAYERS * (2 * math.ceil(each / block) * block + counter)
+    for moment in (prefill, decode):
+        assert moment.breakdown["kv_cache"] == room
+    assert any("disable_compile" in note for note in simulation.footprint.notes)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_tokens_that_are_left_out_of_a_static_cache_change_nothing(
+    window: int | None,
+) -> None:
+    """All are run where the simulation is told that a layer is of no known kind."""
+    kind = {"model_type": "mistral", "sliding_window": window} if window else {}
+    model = inspect(**kind)
+    asked = Inference(num_tokens=30, cache=STATIC, adapters=NONE)
+
+    few = simulator_inference.run(model, recipe(), asked).footprint
+    with mock.patch.object(life, "STATIC_LAYERS", ()):
+        every = simulator_inference.run(model, recipe(), asked).footprint
+
+    assert few.peak.allocated_bytes == every.peak.allocated_bytes
+    assert few.moments[-1].breakdown == every.moments[-1].breakdown
 
 
 def test_the_peak_is_generations_and_the_parts_sum_to_the_device() -> None:
