@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from browser import WIDTHS, chromium, opened
+from browser import FAINT, WIDTHS, chromium, opened
 from command_line import run, run_process
 
 from memplan import estimator
@@ -381,6 +381,7 @@ def test_the_page_is_whole_in_a_browser(
         "[...document.querySelectorAll('figure path')]"
         ".map(path => getComputedStyle(path).fill)"
     )
+    assert page.evaluate(FAINT) == []
     theme = {"light": LIGHT, "dark": DARK}[scheme]
     for category in ("weights", "activations", "adapters"):
         assert rgb(theme[category]) in fills

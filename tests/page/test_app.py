@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import WIDTHS, Watched, choose, chromium, opened
+from browser import FAINT, WIDTHS, Watched, choose, chromium, opened
 from command_line import run
 
 from memplan.errors import InputError
@@ -77,6 +77,9 @@ def test_the_page_opens_with_the_command_s_verdict(
     assert page.locator(VERDICT).inner_text() == said()
     assert page.locator("#memory svg").bounding_box()["height"] > 100
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("config.json").wait_for()
+    assert page.evaluate(FAINT) == []
     page.close()
 
 
@@ -100,6 +103,13 @@ def test_a_control_changes_the_verdict_by_keyboard(
 
     shows(watched.page, said(**{key: value}))
     assert (watched.errors, watched.leaving) == ([], [])
+
+
+def test_what_cannot_be_read_would_be_found(watched: Watched) -> None:
+    watched.page.add_style_tag(content=".verdict { color: #8b95a1 !important; }")
+
+    (found,) = watched.page.evaluate(FAINT)
+    assert found.startswith(said()[:20])
 
 
 def test_a_size_is_taken_for_a_card(watched: Watched) -> None:
