@@ -159,9 +159,9 @@ def _refuse_static(inference: Inference) -> None:
 def _notes(parts: InferenceParts) -> Iterator[str]:
     if any(group.cached.tensors and not group.cached.grows for group in parts.groups):
         yield (
-            "Layers that keep states instead of keys and values are estimated by their "
-            "forward in training, which takes less over long prompts; `memplan "
-            "simulate` runs what they do."
+            "Layers that keep states instead of keys and values work on chunks of a "
+            "prompt, of which the estimate knows those of about 1,000 tokens: it is "
+            "too low for longer ones; `memplan simulate` runs what they do."
         )
 
 

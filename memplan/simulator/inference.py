@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -18,21 +17,15 @@ from memplan.simulator import (
     UNNAMED_CARD,
     Trace,
     adapt,
-    no_initialization,
-    no_warnings,
-    num_copies,
+    logged,
     simulation_of,
 )
 from memplan.simulator.events import EventLog
 from memplan.simulator.host import load_bytes
 from memplan.simulator.life import FewTokens, LifeTracer, Phase, numbered
-from memplan.simulator.load import Loader
 from memplan.simulator.pattern import Pattern, find_pattern
 from memplan.simulator.repetition import expand
-from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
-from memplan.training import model as training_model
-from memplan.training.attention import repeated_heads
 
 
 def run(  # noqa: PLR0913 - each is a part of what is simulated
@@ -101,28 +94,11 @@ def _log(  # noqa: PLR0913 - each is a part of what is traced
     progress: Callable[[str], None],
     pattern: Pattern | None,
 ) -> EventLog:
-    log = EventLog()
-    tracer = Tracer(gpu, log, padded=recipe.padded)
-
-    @contextlib.contextmanager
-    def phase(label: str) -> Iterator[None]:
-        progress(label)
-        log.begin(label)
-        yield
-
-    with no_warnings(), no_initialization():
-        with phase("load"):
-            kept = pattern.kept_layers if pattern else None
-            model = training_model.build(architecture, recipe, kept)
-            Loader(tracer, recipe, lambda path: num_copies(path, pattern)).load(model)
-        with (
-            Reroute(tracer, recipe).installed(),
-            repeated_heads(recipe.attention),
-            tracer,
-        ):
-            answer(model, architecture, recipe, inference, tracer, phase)
-            tracer.stop()
-    return log
+    tracer = Tracer(gpu, EventLog(), padded=recipe.padded)
+    with logged(architecture, recipe, tracer, progress, pattern) as (model, phase):
+        answer(model, architecture, recipe, inference, tracer, phase)
+        tracer.stop()
+    return tracer.log
 
 
 def answer(  # noqa: PLR0913 - each is a part of what is traced
