@@ -17,7 +17,7 @@ from memplan import importers, results, runs
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of, inspect
-from memplan.errors import InputError
+from memplan.errors import InputError, MissingExtraError
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import Inference
@@ -195,8 +195,11 @@ def simulated(case: Case, versions: Mapping[str, str]) -> Simulation:
 
 
 def _simulate_now(case: Case) -> Simulation:
-    from memplan import simulator
-
+    try:
+        from memplan import simulator
+    except ModuleNotFoundError as error:
+        needed_for = "simulating measured runs"
+        raise MissingExtraError(needed_for, error.name or "torch", "torch") from error
     asked = case.inference
     if case.gpu is not None:
         if asked is not None:

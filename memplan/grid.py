@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import InputError, UnknownNameError
+from memplan.generation import CACHES, SAMPLINGS
 from memplan.inference import ADAPTERS, Inference
 from memplan.recipe import Recipe, parse_json_or_yaml
 
@@ -77,6 +78,10 @@ def _expand(
         )
 
 
+_INFERENCE_NAMES = {"adapters": ADAPTERS, "sampling": SAMPLINGS, "cache": CACHES}
+"""What keys of inference may be."""
+
+
 def _inference(told: Any, where: str) -> Inference | None:
     """What `inference` stands for: true, false, or what is given of it."""
     if not told:
@@ -89,10 +94,11 @@ def _inference(told: Any, where: str) -> Inference | None:
             "is no inference",
             "write `inference: {adapters: none, new_tokens: 64}`, or true",
         )
-    _check_keys(given, ("new_tokens", "adapters"), where)
+    _check_keys(given, ("new_tokens", "adapters", "sampling", "cache"), where)
     whole = {**Inference().to_json(), **given}
-    if whole["adapters"] not in ADAPTERS:
-        raise UnknownNameError("adapters", str(whole["adapters"]), ADAPTERS)
+    for key, known in _INFERENCE_NAMES.items():
+        if whole[key] not in known:
+            raise UnknownNameError(key, str(whole[key]), known)
     tokens = whole["new_tokens"]
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise InputError("new_tokens", tokens, "is no count", "give 1 or more")

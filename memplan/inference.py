@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
+from memplan.generation import (
+    DYNAMIC,
+    GENERATED_TOKENS,
+    GREEDY,
+    STATIC,
+    Generation,
+    room_for_tokens,
+)
 from memplan.recipe import Recipe
-
-GENERATED_TOKENS = 256
-"""Tokens of a completion (TRL's GRPOConfig.max_completion_length)."""
 
 SEPARATE = "separate"
 MERGED = "merged"
@@ -29,15 +33,48 @@ class Inference:
     adapters: str = SEPARATE
     """`separate`: beside the weights. `merged`: into them, on the card. `none`: the
     model alone, which is also one that was saved after merging."""
+    sampling: str = GREEDY
+    """How a token is chosen, as `memplan.generation.Generation` has it."""
+    cache: str = DYNAMIC
+    """How keys and values are kept, likewise."""
 
     def to_json(self) -> dict[str, Any]:
         """The inference as output shows it."""
-        return {"new_tokens": self.num_tokens, "adapters": self.adapters}
+        return {
+            "new_tokens": self.num_tokens,
+            "adapters": self.adapters,
+            "sampling": self.sampling,
+            "cache": self.cache,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Inference:
-        """The inference that `to_json` wrote."""
-        return cls(num_tokens=data["new_tokens"], adapters=data["adapters"])
+        """The inference that `to_json` wrote; sampling and cache may be left out."""
+        return cls(
+            num_tokens=data["new_tokens"],
+            adapters=data["adapters"],
+            sampling=data.get("sampling", GREEDY),
+            cache=data.get("cache", DYNAMIC),
+        )
+
+    def generation(self, recipe: Recipe) -> Generation:
+        """The generation that it is, of the recipe's batch."""
+        return Generation(
+            batch_size=recipe.batch_size,
+            num_tokens=self.num_tokens,
+            sampling=self.sampling,
+            cache=self.cache,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What it takes for granted."""
+        if self.cache != STATIC:
+            return ()
+        return (
+            "With a static cache `generate` compiles what decodes on a card, and its "
+            "graphs keep memory of their own; this is with disable_compile=True.",
+        )
 
     def settled(self, architecture: Architecture, recipe: Recipe) -> Inference:
         """The same, without adapters for a method that has none.
@@ -55,13 +92,6 @@ class Inference:
             )
         adapters = NONE if recipe.method == "full" else self.adapters
         return dataclasses.replace(self, adapters=adapters)
-
-
-def room_for_tokens(architecture: Architecture, recipe: Recipe) -> int:
-    """Tokens that may follow a prompt before the learned positions end."""
-    if not architecture.learned_positions or architecture.max_positions is None:
-        return sys.maxsize
-    return architecture.max_positions - recipe.sequence_length
 
 
 def loaded_as(recipe: Recipe) -> Recipe:

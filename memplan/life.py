@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from memplan.architecture import Architecture
 from memplan.errors import InputError
-from memplan.inference import GENERATED_TOKENS, room_for_tokens
+from memplan.generation import GENERATED_TOKENS, Generation, room_for_tokens
 from memplan.recipe import Recipe
 
 EVALUATION_BATCH = 8
@@ -29,14 +29,6 @@ class Evaluation:
     num_batches: int = EVALUATION_BATCHES
     keeps_logits: bool = True
     """Whether logits and labels stay on the card until it is over, besides losses."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Generation:
-    """The completion of a batch of prompts, each as long as the recipe's sequences."""
-
-    batch_size: int
-    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

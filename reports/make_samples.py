@@ -16,9 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = Path("reports") / "samples"
 PLAN = FOLDER / "plan.json"
 
-GLM = ("THUDM/chatglm2-6b", "--gpu", "24GB", "--optimizer", "paged-adamw-32bit")
-HALF = ("--dtype", "float16", "--max-grad-norm", "0.1")
-NF4 = ("--quantization", "nf4-double", "--compute-dtype", "float16")
+GLM = FOLDER / "chatglm2-6b"
+METHODS = ("full", "lora", "qlora", "adaq-lora")
+"""Recipe files in that folder, with the optimizer, clipping and precision of
+ADAQ-LoRA's paper."""
 
 SAMPLES: dict[str, tuple[str, ...]] = {
     "fits-12gb": ("--fits", "--gpu", "12GB"),
@@ -26,10 +27,10 @@ SAMPLES: dict[str, tuple[str, ...]] = {
         *("meta-llama/Llama-2-7b-hf", "--gpu", "12GB"),
         *("--quantization", "nf4", "--rank", "16"),
     ),
-    "chatglm2-6b-full": (*GLM, *HALF, "--method", "full"),
-    "chatglm2-6b-lora": (*GLM, *HALF, "--method", "lora"),
-    "chatglm2-6b-qlora": (*GLM, *HALF, *NF4, "--method", "lora"),
-    "chatglm2-6b-adaq-lora": (*GLM, *HALF, *NF4, "--method", "adaq-lora"),
+    "chatglm2-6b-four-methods": (
+        *("THUDM/chatglm2-6b", "--gpu", "24GB"),
+        *(part for name in METHODS for part in ("--recipe", str(GLM / f"{name}.yaml"))),
+    ),
     "plan": (str(PLAN), "--no-simulate"),
 }
 """Arguments of `memplan report`, by the name of the sample."""

@@ -24,7 +24,12 @@ def test_simulate_prints_one_object() -> None:
     ran = run("simulate", config_file(), "--inference", "--adapters", "none", "--json")
 
     printed = json.loads(ran.out)
-    assert printed["inference"] == {"new_tokens": 256, "adapters": "none"}
+    assert printed["inference"] == {
+        "new_tokens": 256,
+        "adapters": "none",
+        "sampling": "greedy",
+        "cache": "dynamic",
+    }
     labels = [moment["label"] for moment in printed["moments"]]
     assert labels == ["load", "prefill", "decode"]
     total = printed["peak"]["reserved_bytes"]
@@ -56,7 +61,12 @@ def test_estimate_prints_one_object() -> None:
 
     printed = json.loads(ran.out)
     assert printed["kind"] == "estimate"
-    assert printed["inference"] == {"new_tokens": 256, "adapters": "separate"}
+    assert printed["inference"] == {
+        "new_tokens": 256,
+        "adapters": "separate",
+        "sampling": "greedy",
+        "cache": "dynamic",
+    }
     assert sum(printed["breakdown"].values()) == printed["peak"]["device_bytes"]
     assert printed["breakdown"]["kv_cache"] > 0
     assert printed["limits"]["largest_batch_size"] > 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from browser import WIDTHS, chromium, opened
+from browser import FAINT, WIDTHS, chromium, opened
 from command_line import run, run_process
 
 from memplan import estimator
@@ -193,6 +193,66 @@ def test_a_simulation_has_its_largest_tensors(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A recipe file for each of three ways, as options name them."""
+    folder = tmp_path_factory.mktemp("recipes")
+    ways = {"full": {"method": "full"}, "lora": {}, "qlora": {"quantization": "nf4"}}
+    for name, keys in ways.items():
+        (folder / f"{name}.json").write_text(json.dumps(keys))
+    return [
+        part for name in ways for part in ("--recipe", str(folder / f"{name}.json"))
+    ]
+
+
+def test_several_recipes_are_set_side_by_side(
+    recipes: list[str], tmp_path: Path
+) -> None:
+    asked = ("Qwen/Qwen2.5-1.5B", *recipes, "--gpu", "12GB")
+    told = reported(tmp_path, *asked)
+    compared = json.loads(run("compare", *asked, "--json").out)
+
+    named = {"name": ""}
+    assert [side | named for side in told["numbers"]["sides"]] == [
+        side | named for side in compared["sides"]
+    ]
+    assert told["verdict"].startswith("2 of 3 fit on 12GB: lora, qlora; the smallest")
+    for name, side in zip(("full", "lora", "qlora"), compared["sides"], strict=True):
+        said = run("estimate", asked[0], "--gpu", "12GB", *options_of(side)).out
+        assert f"| {name} | " in markdown_of(told)
+        assert f"{said.splitlines()[1]}. |" in markdown_of(told)
+    weights = " | ".join(
+        format_bytes(side["breakdown"]["weights"]) for side in compared["sides"]
+    )
+    assert f"| weights | {weights} |" in markdown_of(told)
+    assert told["files"][2].endswith("sides.svg")
+    assert "method: full" in html_of(told)
+
+
+def options_of(side: dict[str, Any]) -> tuple[str, ...]:
+    recipe = side["recipe"]
+    return "--method", recipe["method"], "--quantization", recipe["quantization"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--fits", "--gpu", "12GB"), "are several"),
+        (("--validate",), "are several"),
+        (("gpt2", "distilgpt2"), "are several"),
+        ((), "MODEL: '' is missing"),
+    ],
+)
+def test_recipes_that_cannot_stand_side_by_side(
+    recipes: list[str], arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    ran = run("report", *arguments, *recipes, "--out", str(tmp_path / "out"))
+
+    assert (ran.code, ran.out) == (2, "")
+    assert words in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     asked = ("--gpu", "2GB", "--alternatives", "4", "--quantization", "none", "--json")
@@ -321,6 +381,7 @@ def test_the_page_is_whole_in_a_browser(
         "[...document.querySelectorAll('figure path')]"
         ".map(path => getComputedStyle(path).fill)"
     )
+    assert page.evaluate(FAINT) == []
     theme = {"light": LIGHT, "dark": DARK}[scheme]
     for category in ("weights", "activations", "adapters"):
         assert rgb(theme[category]) in fills

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("units", "registry", "store", "notebook", "loading"),
     ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
+    ("generation",),
     ("inference",),
     ("life",),
     ("profile", "plan", "simulation", "validation", "kernels", "cublas", "values"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from command_line import run as run_command
 from measured_runs import CARD, measured, moment
 
+import memplan
 from memplan import accuracy, residuals, runs
 from memplan.accuracy import (
     Case,
@@ -355,3 +357,19 @@ def test_committed_report_is_what_validate_finds(tmp_path: Path) -> None:
     assert ran.code == 0
     assert report.read_text() == REPORT.read_text()
     assert kept.read_text() == residuals.residuals_file().read_text()
+
+
+def test_without_torch_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = next(run for run in accuracy.known_runs(tmp_path) if run.gpu)
+    runs.save(one, tmp_path)
+    monkeypatch.setenv("MEMPLAN_CACHE", "off")
+    monkeypatch.delattr(memplan, "simulator", raising=False)
+    monkeypatch.setitem(sys.modules, "memplan.simulator", None)
+    report = tmp_path / "report.md"
+    ran = run_command("validate", "--runs", str(tmp_path), "--markdown", str(report))
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "pip install 'memplan[torch]'" in ran.err
+    assert not report.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,15 @@ def command(  # noqa: PLR0913 - each is an option
     keys = take_keys(options)
     gpu = take_gpu(options)
     _check_count(recipe_files, others)
-    sides = []
-    for file in recipe_files:
-        given, named = read_recipe_file(file)
-        recipe = Recipe.from_mapping(given | keys)
-        source = read_config(
-            model_argument(model, named), trust_remote_code=trust_remote_code
-        )
-        architecture = architecture_of(source, trust_remote_code=trust_remote_code)
-        sides.append(
-            _simulated(file, architecture, recipe, gpu, quiet=as_json)
-            if simulate
-            else _estimated(file, architecture, recipe, gpu)
-        )
+    sides = sides_of(
+        model,
+        recipe_files,
+        keys,
+        gpu,
+        simulates=simulate,
+        trusts=trust_remote_code,
+        quiet=as_json,
+    )
     sides += [_read(other) for other in others]
     notes = (*(gpu.assumptions if gpu else ()), *_notes(sides))
     if as_json:
@@ -92,6 +89,31 @@ def command(  # noqa: PLR0913 - each is an option
     else:
         comparison.report(tuple(sides))
         report_notes(notes)
+
+
+def sides_of(  # noqa: PLR0913 - each is a part of what is asked
+    model: str | None,
+    recipe_files: Sequence[str],
+    keys: Mapping[str, Any],
+    gpu: Gpu | None,
+    *,
+    simulates: bool,
+    trusts: bool,
+    quiet: bool,
+) -> list[Side]:
+    """What each recipe file takes, where keys that are given win in all of them."""
+    sides = []
+    for file in recipe_files:
+        given, named = read_recipe_file(file)
+        recipe = Recipe.from_mapping(given | dict(keys))
+        source = read_config(model_argument(model, named), trust_remote_code=trusts)
+        architecture = architecture_of(source, trust_remote_code=trusts)
+        sides.append(
+            _simulated(file, architecture, recipe, gpu, quiet=quiet)
+            if simulates
+            else _estimated(file, architecture, recipe, gpu)
+        )
+    return sides
 
 
 def _check_count(recipe_files: tuple[str, ...], others: tuple[str, ...]) -> None:

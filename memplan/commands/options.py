@@ -17,8 +17,9 @@ from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
 from memplan.errors import InputError
 from memplan.fields import Flag
+from memplan.generation import CACHES, DYNAMIC, GENERATED_TOKENS, GREEDY, SAMPLINGS
 from memplan.gpu import Gpu, find_gpu
-from memplan.inference import ADAPTERS, GENERATED_TOKENS, SEPARATE, Inference
+from memplan.inference import ADAPTERS, SEPARATE, Inference
 from memplan.model_source import read_config
 from memplan.recipe import (
     Printed,
@@ -160,6 +161,18 @@ def inference_options(function: Function) -> Function:
             help="Adapters beside the weights, merged into them, or none at all "
             f"[{SEPARATE}].",
         ),
+        click.option(
+            "--sampling",
+            type=click.Choice(SAMPLINGS),
+            help="How tokens are chosen: the likeliest, drawn from the likeliest, or "
+            f"so with a temperature and top_p as well [{GREEDY}].",
+        ),
+        click.option(
+            "--cache",
+            type=click.Choice(CACHES),
+            help="Keys and values that grow, or have room for all tokens at once "
+            f"[{DYNAMIC}].",
+        ),
     )
     return decorated(function, options)
 
@@ -172,15 +185,26 @@ def take_inference(options: dict[str, Any]) -> Inference | None:
     asked = options.pop("asks_inference")
     new_tokens = options.pop("new_tokens")
     adapters = options.pop("adapters")
+    sampling = options.pop("sampling")
+    cache = options.pop("cache")
     if not asked:
-        for name, value in (("--new-tokens", new_tokens), ("--adapters", adapters)):
+        given = {
+            "--new-tokens": new_tokens,
+            "--adapters": adapters,
+            "--sampling": sampling,
+            "--cache": cache,
+        }
+        for name, value in given.items():
             if value is not None:
                 raise InputError(
                     name, value, "is of inference alone", "give --inference as well"
                 )
         return None
     return Inference(
-        num_tokens=new_tokens or GENERATED_TOKENS, adapters=adapters or SEPARATE
+        num_tokens=new_tokens or GENERATED_TOKENS,
+        adapters=adapters or SEPARATE,
+        sampling=sampling or GREEDY,
+        cache=cache or DYNAMIC,
     )
 
 

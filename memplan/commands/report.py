@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ import click
 
 from memplan import accuracy
 from memplan.catalog import architecture_of
+from memplan.commands.compare import sides_of
 from memplan.commands.explain import find_run
 from memplan.commands.fits import chosen_models
 from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
     json_option,
+    key_options,
     model_argument,
-    recipe_options,
+    read_recipe_file,
     runs_folder_option,
     take_gpu,
-    take_recipe_keys,
+    take_keys,
     trust_option,
     without_compiler,
 )
@@ -44,7 +47,14 @@ from memplan.report import (
     of_simulation,
 )
 from memplan.report.course import of_samples
-from memplan.reporters import files, fits_report, json, terminal, validation_report
+from memplan.reporters import (
+    files,
+    fits_report,
+    json,
+    sides_report,
+    terminal,
+    validation_report,
+)
 from memplan.reporters import report as reporter
 from memplan.reporters.document import Document
 from memplan.store import read_json
@@ -54,7 +64,15 @@ OUT = "reports"
 
 @click.command(cls=RecipeCommand)
 @click.argument("subjects", nargs=-1, metavar="[MODEL|PLAN|RUN]...")
-@recipe_options
+@click.option(
+    "--recipe",
+    "recipe_files",
+    multiple=True,
+    metavar="FILE",
+    help="A recipe file, or - for standard input; options given as well win. Several "
+    "are set side by side.",
+)
+@key_options
 @gpu_options
 @runs_folder_option
 @click.option(
@@ -75,6 +93,7 @@ OUT = "reports"
 @json_option
 def command(  # noqa: PLR0913 - each is an option
     subjects: tuple[str, ...],
+    recipe_files: tuple[str, ...],
     folder: str,
     out: str,
     name: str | None,
@@ -88,20 +107,24 @@ def command(  # noqa: PLR0913 - each is an option
     """Write a report to look at: HTML, and Markdown with figures.
 
     MODEL is a catalog name, a hub id, a folder or a config.json; PLAN a file of
-    `memplan plan`; RUN a record, or its name. With --fits: models, or all. Exits with 1
-    where the card is too small.
+    `memplan plan`; RUN a record, or its name. With --fits: models, or all. Several
+    --recipe of one MODEL are set side by side. Exits with 1 where the card is too
+    small.
     """
     # What is imported stays until the process ends: no garbage is in it.
     gc.freeze()
-    keys, named = take_recipe_keys(options)
+    keys, named = _take_keys(recipe_files, options)
     gpu = take_gpu(options)
-    if of_validation:
+    given = _Given(keys, gpu, Path(folder), simulates, trust_remote_code)
+    if len(recipe_files) > 1:
+        _refuse_many(recipe_files, other=of_fits or of_validation)
+        made = given.side_by_side(subjects, recipe_files, quiet=as_json)
+    elif of_validation:
         made = _validation(subjects, quiet=as_json)
     elif of_fits:
         made = _fits(subjects, keys, gpu, trust_remote_code=trust_remote_code)
     else:
         one = _only(subjects, named)
-        given = _Given(keys, gpu, Path(folder), simulates, trust_remote_code)
         made = reporter.document(given.report_on(one, quiet=as_json))
     written = files.write(made, Path(out), name)
     if as_json:
@@ -111,6 +134,30 @@ def command(  # noqa: PLR0913 - each is an option
         for path in written:
             terminal.say(f"Wrote {path}")
     return 1 if made.fits is False else 0
+
+
+def _take_keys(
+    recipe_files: Sequence[str], options: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """The keys of the options, over those of a recipe file where it is the only one.
+
+    The model that this names likewise.
+    """
+    keys = take_keys(options)
+    if len(recipe_files) != 1:
+        return keys, None
+    read, named = read_recipe_file(recipe_files[0])
+    return read | keys, named
+
+
+def _refuse_many(recipe_files: Sequence[str], *, other: bool) -> None:
+    """Raises InputError for recipes that cannot be set side by side."""
+    value = ", ".join(recipe_files)
+    if other:
+        remedy = "give one with --fits, and none with --validate"
+        raise InputError("--recipe", value, "are several", remedy)
+    if recipe_files.count("-") > 1:
+        raise InputError("--recipe", "-", "is read twice", "give files instead")
 
 
 class _Given:
@@ -149,6 +196,34 @@ class _Given:
                 versions=json.versions(),
             )
             return _simulated(subject) if self._simulates else of_estimate(subject)
+
+    def side_by_side(
+        self, subjects: Sequence[str], recipe_files: Sequence[str], *, quiet: bool
+    ) -> Document:
+        """The report on several recipes of one model."""
+        sides = sides_of(
+            _only(subjects, subjects[0]) if subjects else None,
+            recipe_files,
+            self._keys,
+            self._gpu,
+            simulates=bool(self._simulates),
+            trusts=self._trusts,
+            quiet=quiet,
+        )
+        models = {side.model for side in sides}
+        if len(models) > 1:
+            value, remedy = (
+                ", ".join(sorted(models)),
+                "give MODEL, or `memplan compare`",
+            )
+            raise InputError("--recipe", value, "are several models", remedy)
+        stems = [Path(file).stem for file in recipe_files]
+        names = stems if len(set(stems)) == len(stems) else recipe_files
+        shown = [
+            dataclasses.replace(side, name=name)
+            for side, name in zip(sides, names, strict=True)
+        ]
+        return sides_report.document(shown, self._gpu, json.versions())
 
     def _of_plan(self, plan: Plan) -> Report:
         source = read_config(plan.model, trust_remote_code=self._trusts)

@@ -10,7 +10,7 @@ import click
 from memplan import accuracy, importers
 from memplan.accuracy import Comparison
 from memplan.commands.options import json_option, without_compiler
-from memplan.errors import InputError
+from memplan.errors import InputError, MissingExtraError
 from memplan.profile import Profile
 from memplan.reporters import accuracy as reporter
 from memplan.reporters import json, terminal
@@ -83,6 +83,8 @@ def compare_all(
                 told(f"{number} of {len(found)}, {run.id}")
                 try:
                     comparisons.append(accuracy.compare(run, way, predict))
+                except MissingExtraError:
+                    raise
                 except InputError as error:
                     left_out[run.id] = str(error)
     return comparisons, left_out

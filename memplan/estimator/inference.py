@@ -15,6 +15,7 @@ from typing import Any
 from memplan import checks, kernels, methods, quantizations, tapes
 from memplan.architecture import Architecture
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
+from memplan.errors import InputError
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
@@ -28,9 +29,11 @@ from memplan.estimator.limits import (
 )
 from memplan.estimator.polynomials import Sizes, value
 from memplan.estimator.regimes import first_regime, layer_regime, model_regime
+from memplan.estimator.sampling import choosing_bytes, kept_bytes
 from memplan.estimator.trained import trained
 from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
 from memplan.footprint import CATEGORIES, Footprint, Moment
+from memplan.generation import STATIC
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference, loaded_as
 from memplan.recipe import Recipe
@@ -49,7 +52,7 @@ FLOAT_BYTES = 4
 HALF_BYTES = 2
 
 SCORE_BYTES = 4
-"""Of a logit that a token is chosen by: `generate` casts the last ones to float32."""
+"""Of a score of the eager path's attention, in float32."""
 
 ADAPTERS_READ = 2
 """Adapters on the card while they are loaded: the file's, and those they go into
@@ -130,6 +133,7 @@ def run(
     run, MissingExtraError where a tape has to be traced first.
     """
     inference = inference.settled(architecture, recipe)
+    _refuse_static(inference)
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
@@ -145,12 +149,19 @@ def run(
     return InferenceEstimate(footprint=footprint, parts=parts)
 
 
+def _refuse_static(inference: Inference) -> None:
+    """Raises InputError for a cache whose attention masks no tape has."""
+    if inference.cache == STATIC:
+        remedy = "use `memplan simulate`, or leave it out"
+        raise InputError("--cache", STATIC, "cannot be estimated", remedy)
+
+
 def _notes(parts: InferenceParts) -> Iterator[str]:
     if any(group.cached.tensors and not group.cached.grows for group in parts.groups):
         yield (
-            "Layers that keep states instead of keys and values are estimated by their "
-            "forward in training, which takes less over long prompts; `memplan "
-            "simulate` runs what they do."
+            "Layers that keep states instead of keys and values work on chunks of a "
+            "prompt, of which the estimate knows those of about 1,000 tokens: it is "
+            "too low for longer ones; `memplan simulate` runs what they do."
         )
 
 
@@ -415,15 +426,17 @@ def _heads(parts: InferenceParts) -> tuple[int, int]:
 
 
 def logit_bytes(parts: InferenceParts, batch: int) -> int:
-    """L = B V b + 4 B V: the last token's logits, and their copy in float32."""
-    return score_bytes(parts, batch) + (
-        batch * parts.architecture.vocab_size * DTYPE_BYTES[parts.recipe.dtype]
+    """B V b: the last token's logits, made while the hidden states are there."""
+    return batch * parts.architecture.vocab_size * DTYPE_BYTES[parts.recipe.dtype]
+
+
+def chosen_bytes(parts: InferenceParts, batch: int, *, later: bool) -> int:
+    """L: the last token's logits, and what the token is chosen by."""
+    vocabulary = parts.architecture.vocab_size
+    item = DTYPE_BYTES[parts.recipe.dtype]
+    return choosing_bytes(
+        parts.inference.sampling, batch, vocabulary, item, later=later
     )
-
-
-def score_bytes(parts: InferenceParts, batch: int) -> int:
-    """4 B V: what is left of a token's logits while the next is computed."""
-    return batch * parts.architecture.vocab_size * SCORE_BYTES
 
 
 def merge_bytes(parts: InferenceParts) -> int:
@@ -465,7 +478,9 @@ def prefill_points(parts: InferenceParts) -> Iterator[Point]:
         for peak in norm.peaks:
             yield Point(activations=start + value(peak, sizes), kv_cache=kept)
         start += value(norm.net, sizes)
+    chosen = chosen_bytes(parts, batch, later=False)
     yield Point(activations=start, kv_cache=kept, logits=logit_bytes(parts, batch))
+    yield Point(activations=0, kv_cache=kept, logits=chosen)
 
 
 def decode_points(parts: InferenceParts) -> Iterator[Point]:
@@ -476,7 +491,8 @@ def decode_points(parts: InferenceParts) -> Iterator[Point]:
     """
     batch, prompt = parts.recipe.batch_size, parts.recipe.sequence_length
     last = prompt + parts.inference.num_tokens - 1
-    scores = score_bytes(parts, batch)
+    vocabulary = parts.architecture.vocab_size
+    scores = kept_bytes(parts.inference.sampling, batch, vocabulary)
     at_work = max(new_token_peak(parts, group, batch, last) for group in parts.groups)
     first = kv_bytes(parts, batch, prompt)
     kept = windowed_kv_bytes(parts, batch, last)
@@ -484,7 +500,8 @@ def decode_points(parts: InferenceParts) -> Iterator[Point]:
     for keys in (first, kept):
         yield Point(activations=at_work, kv_cache=keys, logits=scores)
         yield Point(activations=0, kv_cache=keys + joined, logits=scores)
-    yield Point(activations=0, kv_cache=kept, logits=scores + logit_bytes(parts, batch))
+    chosen = chosen_bytes(parts, batch, later=True)
+    yield Point(activations=0, kv_cache=kept, logits=chosen)
 
 
 def moments(parts: InferenceParts) -> Iterator[Moment]:
@@ -585,7 +602,7 @@ def inference_terms(estimate: InferenceEstimate) -> tuple[Term, ...]:
 
 _WORDS = {
     "activations": "one layer at work",
-    "logits": "B V x bytes, and 4 B V to choose by",
+    "logits": "B V x bytes, and what a token is chosen by",
     "workspace": "cuBLAS, for the thread that multiplies",
 }
 """Where inference differs from training."""

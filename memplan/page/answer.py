@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memplan import exporters
+from memplan import estimator, exporters, tapes
 from memplan.architecture import Architecture
 from memplan.catalog import architecture_of
-from memplan.errors import InputError
+from memplan.errors import InputError, UntracedError
+from memplan.estimator import Estimate
 from memplan.exporters import Task
 from memplan.gpu import Gpu, find_gpu
 from memplan.hub import parse_config
@@ -27,6 +27,7 @@ from memplan.recipe import Recipe, read_recipe_text
 from memplan.report import Report, Subject, of_estimate
 from memplan.reporters import files, html, json
 from memplan.reporters import report as reporter
+from memplan.units import format_bytes
 
 KEYS = (
     "trainer",
@@ -51,8 +52,8 @@ class Asked:
     config: str
     """The text of a config.json, which goes before the model; empty for none."""
     card: str
-    keys: Mapping[str, Any]
-    """By KEYS."""
+    keys: tuple[tuple[str, Any], ...]
+    """Those of KEYS that have a value."""
     more: str
     """Further keys of the recipe, as a recipe file has them."""
 
@@ -61,7 +62,7 @@ class Asked:
         more = (
             read_recipe_text(self.more, "further keys")[0] if self.more.strip() else {}
         )
-        return Recipe.from_mapping({**self.keys, **more})
+        return Recipe.from_mapping({**dict(self.keys), **more})
 
     @property
     def gpu(self) -> Gpu | None:
@@ -91,46 +92,84 @@ def architecture(model: str, config: str) -> Architecture:
     return architecture_of(ModelSource(name=PASTED, origin="file", config=parsed))
 
 
+@functools.lru_cache(maxsize=8)
+def estimated(asked: Asked) -> Estimate:
+    """The estimate, replayed through the allocator, as the command prints it."""
+    subject = asked.subject
+    found = estimator.run(subject.architecture, subject.recipe, subject.gpu)
+    return estimator.replayed(found, subject.gpu)
+
+
+def first(asked: Asked) -> str:
+    """What the closed form alone knows, in milliseconds: what is allocated, as HTML.
+
+    A replay takes longer the more layers a model has, so that this is shown before it.
+    """
+    if asked.config.strip():
+        return html.pending("The model of the pasted config is being built.")
+    try:
+        subject = asked.subject
+        with tapes.known_only():
+            found = estimator.run(subject.architecture, subject.recipe, subject.gpu)
+    except UntracedError:
+        return html.pending("Nothing is known of this yet: it is being traced, once.")
+    except InputError as error:
+        return html.alert(str(error))
+    return html.pending(
+        f"{format_bytes(found.footprint.life_peak.allocated_bytes)} allocated at the "
+        "peak; what the allocator holds beyond that is being replayed."
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What the page shows at once, as HTML."""
+    """What the page shows of what is asked, as HTML."""
 
     verdict: str
-    details: str
+    breakdown: str
 
 
 def answer(asked: Asked) -> Answer:
     """The verdict and what it is made of; what is wrong with the input, in words."""
     try:
-        report = of_estimate(asked.subject, whole=False)
+        report = of_estimate(asked.subject, estimated(asked), whole=False)
     except InputError as error:
-        return Answer(verdict=html.alert(str(error)), details="")
-    sections = [
-        reporter.memory_section(report),
-        reporter.breakdown_section(report, pictured=False),
-    ]
+        return Answer(verdict=html.alert(str(error)), breakdown="")
     return Answer(
         verdict=html.verdict(reporter.sentence(report), report.footprint.fits),
-        details=html.fragment(sections),
+        breakdown=html.fragment([reporter.breakdown_section(report, pictured=False)]),
     )
 
 
-def changes(asked: Asked) -> str:
-    """What changes would save, how far sequences reach, and what was assumed."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Details:
+    """What the page shows beside an answer, as HTML."""
+
+    memory: str
+    """Over the step, as a picture and a table."""
+    changes: str
+    """What they would save, how far sequences reach, and what was assumed."""
+
+
+def details(asked: Asked) -> Details:
+    """The details of an answer; empty where there is none."""
     try:
-        report = of_estimate(asked.subject)
+        report = of_estimate(asked.subject, estimated(asked))
     except InputError:
-        return ""
+        return Details(memory="", changes="")
     sections = [reporter.assumptions_section(report)]
     if any(one.sequence_length for one in report.reach):
         sections.insert(0, reporter.frontier_section(report, pictured=False))
     if report.levers.changes:
         sections.insert(0, reporter.levers_section(report, pictured=False))
-    return html.fragment(sections)
+    return Details(
+        memory=html.fragment([reporter.memory_section(report)]),
+        changes=html.fragment(sections),
+    )
 
 
 def plan(asked: Asked) -> Plan:
-    """The plan for the model and the card, by the estimate alone.
+    """The plan for the model and the card, which the replayed estimate upholds.
 
     The length, the batch of an optimizer step and the trainer that are chosen are its
     floors. Raises InputError where nothing fits, or without a card.
@@ -164,7 +203,7 @@ def plan(asked: Asked) -> Plan:
 
 def report_files(asked: Asked) -> list[str]:
     """The report's HTML, and all of its files in an archive."""
-    document = reporter.document(of_estimate(asked.subject))
+    document = reporter.document(of_estimate(asked.subject, estimated(asked)))
     folder = Path(tempfile.mkdtemp(prefix="memplan-"))
     written = files.write(document, folder)
     return [str(written[0]), str(_zipped(folder, document.name, written))]
@@ -172,7 +211,7 @@ def report_files(asked: Asked) -> list[str]:
 
 def export_files(asked: Asked, trainer: str) -> list[str]:
     """A trainer's files in an archive, checked as far as torch is here to check."""
-    report: Report = of_estimate(asked.subject)
+    report: Report = of_estimate(asked.subject, estimated(asked))
     card = None if report.gpu is None else report.gpu.to_json()
     task = Task(
         model=report.architecture.name,

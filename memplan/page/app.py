@@ -19,8 +19,9 @@ from memplan.page.answer import (
     KEYS,
     Asked,
     answer,
-    changes,
+    details,
     export_files,
+    first,
     plan,
     report_files,
 )
@@ -156,12 +157,14 @@ def build() -> gradio.Blocks:
                 controls = _controls(gradio)
                 _actions(gradio, controls)
             with gradio.Column(scale=3, min_width=320):
-                details = _html(gradio, "details")
+                breakdown = _html(gradio, "breakdown")
+                memory = _html(gradio, "memory")
             with gradio.Column(scale=3, min_width=320):
-                levers = _html(gradio, "levers")
+                changes = _html(gradio, "changes")
         triggers = [blocks.load, *(one.change for one in controls)]
-        shown = gradio.on(triggers, _answered, controls, [verdict, details], **_QUIET)
-        shown.then(_changed, controls, levers, **_QUIET)
+        said = gradio.on(triggers, _first, controls, verdict, **_QUIET)
+        said = said.then(_answered, controls, [verdict, breakdown], **_QUIET)
+        said.then(_detailed, controls, [memory, changes], **_QUIET)
     built: gradio.Blocks = blocks
     return built
 
@@ -233,24 +236,36 @@ def _asked(*values: Any) -> Asked:
         model=model or "",
         config=config or "",
         card=size or card or "",
-        keys={
-            key: value
+        keys=tuple(
+            (key, value)
             for key, value in zip(KEYS, keys, strict=True)
             if value is not None
-        },
+        ),
         more=more or "",
     )
+
+
+def _first(*values: Any) -> str:
+    """At once: it traces nothing, so that it waits for nobody."""
+    return first(_asked(*values))
 
 
 def _answered(*values: Any) -> tuple[str, str]:
     with _LOCK:
         found = answer(_asked(*values))
-    return found.verdict, found.details
+    return found.verdict, found.breakdown
 
 
-def _changed(*values: Any) -> str:
+def _detailed(*values: Any) -> tuple[str, str]:
     with _LOCK:
-        return changes(_asked(*values))
+        found = details(_asked(*values))
+    return found.memory, found.changes
+
+
+_PLANNED_BY = (
+    "This page plans by the estimate, the replay of its allocations included; "
+    "`memplan plan` simulates what it chooses."
+)
 
 
 def _planned(*values: Any) -> tuple[Any, ...]:
@@ -263,7 +278,7 @@ def _planned(*values: Any) -> tuple[Any, ...]:
     keys = found.recipe.to_json()
     shown = Recipe(**{key: keys[key] for key in KEYS}).to_json()
     more = {key: value for key, value in keys.items() if value != shown[key]}
-    told = html.paragraphs((*found.reasons, "Estimated; `memplan plan` simulates it."))
+    told = html.paragraphs((*found.reasons, _PLANNED_BY))
     model, card, size, *rest = values
     settled = (keys[key] for key in KEYS)
     return (model, card, size, *settled, recipe_text(more), rest[-1], told)

@@ -23,7 +23,6 @@ from torch import nn
 from memplan import methods
 from memplan.errors import InputError
 from memplan.inference import loaded_as
-from memplan.life import Generation
 from memplan.profiler.data import batches, collate, rows_of
 from memplan.profiler.meter import Moments
 from memplan.profiler.task import WARM_UP_STEPS, Task
@@ -84,9 +83,7 @@ def infer(model: nn.Module, task: Task, vocab_size: int, moments: Moments) -> No
         yield
         moments.end()
 
-    generation = Generation(
-        batch_size=task.recipe.batch_size, num_tokens=task.inference.num_tokens
-    )
+    generation = task.inference.generation(task.recipe)
     recipe = loaded_as(task.recipe)
     with _pinned(recipe.attention):
         Generator(model, recipe, vocab_size, generation).run(phase)

@@ -100,14 +100,17 @@ class Subject:
     versions: Mapping[str, str]
 
 
-def of_estimate(subject: Subject, *, whole: bool = True) -> Report:
-    """The report of an estimate; needs no torch where the estimate needs none.
+def of_estimate(
+    subject: Subject, found: Estimate | None = None, *, whole: bool = True
+) -> Report:
+    """The report of an estimate, made here unless it is given.
 
-    Unless `whole`, nothing is asked of other recipes, nor written for trainers.
+    It needs no torch where the estimate needs none. Unless `whole`, nothing is asked of
+    other recipes, nor written for trainers.
 
     Raises InputError for a recipe that cannot run.
     """
-    found = _run(subject)
+    found = found or _run(subject)
     return _report(
         subject,
         kind="estimate",

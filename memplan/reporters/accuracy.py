@@ -17,6 +17,7 @@ from memplan.accuracy import (
 from memplan.errors import InputError
 from memplan.profile import Profile
 from memplan.reporters import terminal
+from memplan.reporters.figures import STYLE, validation
 from memplan.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def draw(comparisons: Sequence[Comparison], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"svg.hashsalt": "memplan", "font.size": 9}):
+    with matplotlib.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(READINGS), figsize=(12, 4.2))
         for axis, reading in zip(axes, READINGS, strict=True):
             _draw_reading(axis, reading, comparisons)
@@ -168,25 +169,11 @@ def _markdown_runs(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _draw_reading(axis: Any, reading: str, comparisons: Sequence[Comparison]) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
-    for each in comparisons:
-        if reading in each.measured:
-            sizes = (each.measured[reading] / GIB, each.predicted[reading] / GIB)
-            points.setdefault(f"{each.run.card}, {each.way}", []).append(sizes)
     axis.set_title(reading)
-    axis.set_xlabel("measured, GiB")
-    axis.set_ylabel("predicted, GiB")
-    if not points:
+    if any(reading in each.measured for each in comparisons):
+        validation.draw(axis, comparisons, reading)
+    else:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-        return
-    all_sizes = [size for pairs in points.values() for pair in pairs for size in pair]
-    ends = (min(all_sizes) * 0.8, max(all_sizes) * 1.25)
-    axis.plot(ends, ends, color="grey", linewidth=0.8)
-    for name, pairs in sorted(points.items()):
-        axis.scatter(*zip(*pairs, strict=True), s=14, label=name)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.legend(fontsize=7)
 
 
 def _save(figure: Figure, file: Path) -> None:

@@ -52,7 +52,7 @@ def _report_recipes(letters: str, found: Sequence[Difference]) -> None:
     sides = (first, *(one.other for one in found))
     terminal.table(
         ("recipe", *letters),
-        [(key, *(_shown(side.recipe.get(key)) for side in sides)) for key in keys],
+        [(key, *(shown(side.recipe.get(key)) for side in sides)) for key in keys],
         wraps=tuple(letters),
     )
 
@@ -90,7 +90,8 @@ def _change(num_bytes: int | None) -> str:
     return f"+{format_bytes(num_bytes)}" if num_bytes > 0 else format_bytes(num_bytes)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A recipe's value as a cell of a table."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)

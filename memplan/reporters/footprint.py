@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memplan.architecture import Architecture
 from memplan.footprint import Footprint
+from memplan.generation import GREEDY, TOP_K, TOP_P
 from memplan.gpu import Gpu
 from memplan.inference import MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
@@ -84,6 +85,9 @@ def headline(
     )
 
 
+_SAMPLED = {GREEDY: "", TOP_K: " by top-k", TOP_P: " by top-p"}
+"""What is said of how tokens are chosen."""
+
 _ADAPTED = {SEPARATE: ", {} beside it", MERGED: ", {} merged into it", NONE: ""}
 """What is said of a method's adapters."""
 
@@ -95,7 +99,8 @@ def _inference_headline(
     adapted = _ADAPTED[inference.adapters].format(recipe.method)
     return (
         f"{architecture.name} in {base}{adapted}: {recipe.batch_size} x "
-        f"{recipe.sequence_length} tokens read, {inference.num_tokens} each answered, "
+        f"{recipe.sequence_length} tokens read, {inference.num_tokens} each answered"
+        f"{_SAMPLED[inference.sampling]}, "
         f"by {format_count(architecture.total_parameters)} parameters"
     )
 

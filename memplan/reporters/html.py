@@ -40,6 +40,11 @@ def verdict(sentence: str, fits: bool | None) -> str:
     return _rendered("verdict.html.j2", sentence=sentence, fits=fits)
 
 
+def pending(sentence: str) -> str:
+    """What is known before the verdict."""
+    return _rendered("pending.html.j2", sentence=sentence)
+
+
 def alert(sentence: str) -> str:
     """What is wrong, which screen readers say at once."""
     return _rendered("alert.html.j2", sentence=sentence)

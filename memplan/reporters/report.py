@@ -25,9 +25,8 @@ from memplan.reporters.footprint import headline, verdict
 from memplan.units import format_bytes
 
 ESTIMATE_ERROR = (
-    "An estimate is held by tests to 1 % of the simulation at the median in allocated "
-    "bytes, and to 3 % at worst; what the allocator's cache holds beyond that it "
-    "leaves out."
+    "On a grid of recipes tests hold an estimate's allocated bytes to 1 % of the "
+    "simulation's at the median, and to 3 % in nineteen of twenty."
 )
 
 
@@ -319,8 +318,9 @@ def _accuracy(report: Report) -> Section:
         title="How far off",
         words=(
             ESTIMATE_ERROR,
-            "Simulations of runs that were measured, of the same method and "
-            "quantisation on cards of the same compute capability, were off by:",
+            f"{_PREDICTIONS.get(report.kind, 'Simulations')} of runs that were "
+            "measured, of the same method and quantisation on cards of the same "
+            "compute capability, were off by:",
         ),
         table=Table(
             columns=("reading", "runs", "least", "most"),
@@ -328,6 +328,10 @@ def _accuracy(report: Report) -> Section:
             right=("runs", "least", "most"),
         ),
     )
+
+
+_PREDICTIONS = {"estimate": "Estimates"}
+"""Whose errors stand in a report, by its kind; else the simulations'."""
 
 
 def _to_copy(report: Report) -> Section:

@@ -6,6 +6,7 @@ from typing import Any
 
 from memplan import profile
 from memplan.footprint import CATEGORIES
+from memplan.generation import CACHES, SAMPLINGS
 from memplan.inference import ADAPTERS
 from memplan.plan import HASH_DIGITS
 from memplan.recipe import recipe_schema
@@ -203,7 +204,12 @@ def _answer_schema(peak: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inference_schema() -> dict[str, Any]:
-    return _object(new_tokens=_COUNT, adapters={"enum": list(ADAPTERS)})
+    return _object(
+        new_tokens=_COUNT,
+        adapters={"enum": list(ADAPTERS)},
+        sampling={"enum": list(SAMPLINGS)},
+        cache={"enum": list(CACHES)},
+    )
 
 
 def _limits_schema() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from memplan.simulation import Sample, Simulation
 from memplan.simulator import allocator_notes
 from memplan.simulator.events import EventLog
 from memplan.simulator.host import Traced, Trained, host_bytes
-from memplan.simulator.life import LifeTracer
+from memplan.simulator.life import LifeTracer, Phase
 from memplan.simulator.load import Loader
 from memplan.simulator.pattern import Pattern, find_pattern
 from memplan.simulator.repetition import expand
@@ -226,43 +226,28 @@ class _Task:
 
 def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
     """The trace; None where layers turn out not to repeat as the pattern says."""
-    architecture, recipe, gpu = task.architecture, task.recipe, task.gpu
-    log = EventLog()
-    tracer = Tracer(gpu, log, padded=recipe.padded)
-
-    @contextlib.contextmanager
-    def phase(label: str) -> Iterator[None]:
-        task.progress(label)
-        log.begin(label)
-        yield
-
-    with no_warnings(), no_initialization():
-        with phase("load"):
-            kept = pattern.kept_layers if pattern else None
-            model = training_model.build(architecture, recipe, kept)
-            Loader(tracer, recipe, lambda path: num_copies(path, pattern)).load(model)
-        with (
-            Reroute(tracer, recipe).installed(),
-            repeated_heads(recipe.attention),
-            tracer,
-        ):
-            with phase("adapt"):
-                adapted = adapt(model, architecture, recipe, tracer)
-            tracer.name_parameters(adapted)
-            tracer.vocab_size = architecture.vocab_size
-            tracer.name_modules(adapted)
-            watched = _labelling_gradients(phase, tracer, adapted)
-            lived = LifeTracer(adapted, recipe, architecture, tracer, phase)
-            loop = lived.before_steps(
-                task.life,
-                lambda: Loop(adapted, recipe, architecture.vocab_size, watched),
-            )
-            for number in range(1, task.steps + 1):
-                loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
-            trained = _trained(adapted, pattern)
-            lived.reach_milestone(loop, task.steps)
-            lived.after_steps(task.life)
-            tracer.stop()
+    architecture, recipe = task.architecture, task.recipe
+    tracer = Tracer(task.gpu, EventLog(), padded=recipe.padded)
+    log = tracer.log
+    loaded = logged(architecture, recipe, tracer, task.progress, pattern)
+    with loaded as (model, phase):
+        with phase("adapt"):
+            adapted = adapt(model, architecture, recipe, tracer)
+        tracer.name_parameters(adapted)
+        tracer.vocab_size = architecture.vocab_size
+        tracer.name_modules(adapted)
+        watched = _labelling_gradients(phase, tracer, adapted)
+        lived = LifeTracer(adapted, recipe, architecture, tracer, phase)
+        loop = lived.before_steps(
+            task.life,
+            lambda: Loop(adapted, recipe, architecture.vocab_size, watched),
+        )
+        for number in range(1, task.steps + 1):
+            loop.run_step(number, min(recipe.accumulation, TRACED_MICRO_BATCHES))
+        trained = _trained(adapted, pattern)
+        lived.reach_milestone(loop, task.steps)
+        lived.after_steps(task.life)
+        tracer.stop()
     if pattern is not None:
         gradients = (len(trained), sum(one.copies for one in trained))
         expanded = expand(log, pattern, gradients)
@@ -281,6 +266,41 @@ def _trace(task: _Task, pattern: Pattern | None) -> Trace | None:
         operators=tracer.operators,
         num_traced_layers=len(pattern.kept) if pattern else None,
     )
+
+
+@contextlib.contextmanager
+def logged(  # noqa: PLR0913 - each is a part of what is traced
+    architecture: Architecture,
+    recipe: Recipe,
+    tracer: Tracer,
+    progress: Callable[[str], None] = lambda label: None,
+    pattern: Pattern | None = None,
+    *,
+    cpu: bool = False,
+) -> Iterator[tuple[nn.Module, Phase]]:
+    """The loaded model, and what begins a moment; all that either does is logged.
+
+    Of layers that repeat the model has those that the pattern keeps. With `cpu` it is
+    as on a CPU.
+    """
+
+    @contextlib.contextmanager
+    def phase(label: str) -> Iterator[None]:
+        progress(label)
+        tracer.log.begin(label)
+        yield
+
+    with no_warnings(), no_initialization():
+        with phase("load"):
+            kept = pattern.kept_layers if pattern else None
+            model = training_model.build(architecture, recipe, kept)
+            Loader(tracer, recipe, lambda path: num_copies(path, pattern)).load(model)
+        with (
+            Reroute(tracer, recipe, cpu=cpu).installed(),
+            contextlib.nullcontext() if cpu else repeated_heads(recipe.attention),
+            tracer,
+        ):
+            yield model, phase
 
 
 def _trained(model: nn.Module, pattern: Pattern | None) -> tuple[Trained, ...]:

@@ -8,7 +8,6 @@ runs is left out, as are rounding and cache: a CPU has no caching allocator.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -22,16 +21,12 @@ from memplan.simulator import (
     STEPS,
     UNNAMED_CARD,
     adapt,
-    no_initialization,
-    no_warnings,
+    logged,
 )
 from memplan.simulator.events import FREE, MARK, EventLog
 from memplan.simulator.inference import answer
 from memplan.simulator.life import LifeTracer
-from memplan.simulator.load import Loader
-from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
-from memplan.training import model as training_model
 from memplan.training.step import Loop
 
 
@@ -55,47 +50,30 @@ def simulate_inference_on_cpu(
     recipe = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, recipe, None, adapted=adapted)
-    log = EventLog()
-    tracer = Tracer(find_gpu(UNNAMED_CARD), log, padded=recipe.padded, scratch=False)
-
-    @contextlib.contextmanager
-    def phase(label: str) -> Iterator[None]:
-        log.begin(label)
-        yield
-
-    with no_warnings(), no_initialization():
-        with phase("load"):
-            model = training_model.build(architecture, recipe)
-            Loader(tracer, recipe).load(model)
-        with Reroute(tracer, recipe, cpu=True).installed(), tracer:
-            answer(model, architecture, recipe, inference, tracer, phase)
-            tracer.stop()
-    return Footprint(moments=tuple(_moments(log)), notes=notes)
+    tracer = _tracer(recipe)
+    with logged(architecture, recipe, tracer, cpu=True) as (model, phase):
+        answer(model, architecture, recipe, inference, tracer, phase)
+        tracer.stop()
+    return Footprint(moments=tuple(_moments(tracer.log)), notes=notes)
 
 
 def _trace(architecture: Architecture, recipe: Recipe) -> EventLog:
-    log = EventLog()
-    tracer = Tracer(find_gpu(UNNAMED_CARD), log, padded=recipe.padded, scratch=False)
+    tracer = _tracer(recipe)
+    with logged(architecture, recipe, tracer, cpu=True) as (model, phase):
+        with phase("adapt"):
+            adapted = adapt(model, architecture, recipe, tracer)
+        loop = Loop(adapted, recipe, architecture.vocab_size, phase)
+        for number in range(1, STEPS + 1):
+            loop.run_step(number, recipe.accumulation)
+        lived = LifeTracer(adapted, recipe, architecture, tracer, phase, cpu=True)
+        lived.reach_milestone(loop, STEPS)
+        tracer.stop()
+    return tracer.log
 
-    @contextlib.contextmanager
-    def phase(label: str) -> Iterator[None]:
-        log.begin(label)
-        yield
 
-    with no_warnings(), no_initialization():
-        with phase("load"):
-            model = training_model.build(architecture, recipe)
-            Loader(tracer, recipe).load(model)
-        with Reroute(tracer, recipe, cpu=True).installed(), tracer:
-            with phase("adapt"):
-                adapted = adapt(model, architecture, recipe, tracer)
-            loop = Loop(adapted, recipe, architecture.vocab_size, phase)
-            for number in range(1, STEPS + 1):
-                loop.run_step(number, recipe.accumulation)
-            lived = LifeTracer(adapted, recipe, architecture, tracer, phase, cpu=True)
-            lived.reach_milestone(loop, STEPS)
-            tracer.stop()
-    return log
+def _tracer(recipe: Recipe) -> Tracer:
+    card = find_gpu(UNNAMED_CARD)
+    return Tracer(card, EventLog(), padded=recipe.padded, scratch=False)
 
 
 def _moments(log: EventLog) -> Iterator[Moment]:

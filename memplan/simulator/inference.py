@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -12,28 +11,21 @@ from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import MERGED, NONE, Inference, loaded_as
-from memplan.life import Generation
 from memplan.recipe import Recipe
 from memplan.simulation import Sample, Simulation
 from memplan.simulator import (
     UNNAMED_CARD,
     Trace,
     adapt,
-    no_initialization,
-    no_warnings,
-    num_copies,
+    logged,
     simulation_of,
 )
 from memplan.simulator.events import EventLog
 from memplan.simulator.host import load_bytes
 from memplan.simulator.life import FewTokens, LifeTracer, Phase, numbered
-from memplan.simulator.load import Loader
 from memplan.simulator.pattern import Pattern, find_pattern
 from memplan.simulator.repetition import expand
-from memplan.simulator.reroute import Reroute
 from memplan.simulator.trace import Tracer
-from memplan.training import model as training_model
-from memplan.training.attention import repeated_heads
 
 
 def run(  # noqa: PLR0913 - each is a part of what is simulated
@@ -46,7 +38,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     *,
     record: Callable[[Iterator[Sample]], None] | None = None,
 ) -> Simulation:
-    """The simulation of a batch of prompts and their answers, greedily chosen.
+    """The simulation of a batch of prompts and their answers.
 
     Prompts are as long as the recipe's sequences. Raises InputError for what cannot
     run.
@@ -55,6 +47,7 @@ def run(  # noqa: PLR0913 - each is a part of what is simulated
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
+    notes = (*notes, *inference.notes)
     card = gpu or find_gpu(UNNAMED_CARD)
     traced = trace(architecture, recipe, inference, card, progress)
     host = load_bytes(architecture, loaded)
@@ -101,28 +94,11 @@ def _log(  # noqa: PLR0913 - each is a part of what is traced
     progress: Callable[[str], None],
     pattern: Pattern | None,
 ) -> EventLog:
-    log = EventLog()
-    tracer = Tracer(gpu, log, padded=recipe.padded)
-
-    @contextlib.contextmanager
-    def phase(label: str) -> Iterator[None]:
-        progress(label)
-        log.begin(label)
-        yield
-
-    with no_warnings(), no_initialization():
-        with phase("load"):
-            kept = pattern.kept_layers if pattern else None
-            model = training_model.build(architecture, recipe, kept)
-            Loader(tracer, recipe, lambda path: num_copies(path, pattern)).load(model)
-        with (
-            Reroute(tracer, recipe).installed(),
-            repeated_heads(recipe.attention),
-            tracer,
-        ):
-            answer(model, architecture, recipe, inference, tracer, phase)
-            tracer.stop()
-    return log
+    tracer = Tracer(gpu, EventLog(), padded=recipe.padded)
+    with logged(architecture, recipe, tracer, progress, pattern) as (model, phase):
+        answer(model, architecture, recipe, inference, tracer, phase)
+        tracer.stop()
+    return tracer.log
 
 
 def answer(  # noqa: PLR0913 - each is a part of what is traced
@@ -141,9 +117,7 @@ def answer(  # noqa: PLR0913 - each is a part of what is traced
     tracer.vocab_size = architecture.vocab_size
     tracer.name_parameters(model)
     tracer.name_modules(model)
-    generation = Generation(
-        batch_size=recipe.batch_size, num_tokens=inference.num_tokens
-    )
+    generation = inference.generation(recipe)
     with numbered(model):
         FewTokens(
             model, recipe, architecture.vocab_size, generation, tracer=tracer

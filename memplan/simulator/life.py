@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memplan import methods, optimizers
 from memplan.architecture import Architecture
-from memplan.life import CARD, Evaluation, Generation, Life
+from memplan.generation import Generation
+from memplan.life import CARD, Evaluation, Life
 from memplan.recipe import Recipe
 from memplan.simulator.events import EventLog
 from memplan.simulator.load import STATE
@@ -39,6 +40,9 @@ KV_CACHE = "kv_cache"
 
 GROWING_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """The layers of a cache that hold keys and values alone (transformers.cache_utils)."""
+
+STATIC_LAYERS = ("StaticLayer", "StaticSlidingWindowLayer")
+"""Those that have room for all of them, and write in place."""
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -303,7 +307,8 @@ def _grows_alone(cache: Any) -> bool:
     """
     layers = getattr(cache, "layers", ())
     return all(
-        getattr(layer, "keys", None) is None or type(layer).__name__ in GROWING_LAYERS
+        getattr(layer, "keys", None) is None
+        or type(layer).__name__ in (*GROWING_LAYERS, *STATIC_LAYERS)
         for layer in layers
     )
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from memplan.errors import InputError
-from memplan.life import CARD, Evaluation, Generation
+from memplan.generation import GREEDY, STATIC, TOP_P, Generation
+from memplan.life import CARD, Evaluation
 from memplan.losses.liger import NAME as LIGER
 from memplan.recipe import Recipe
 from memplan.training.batch import make_batch
@@ -28,6 +29,14 @@ Phase = Callable[[str], AbstractContextManager[None]]
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 """Where models keep what generation hands from one token to the next, in outputs and in
 arguments (transformers.generation.utils, ALL_CACHE_NAMES)."""
+
+
+NUM_LIKELIEST = 50
+"""Tokens that `do_sample=True` draws from (GenerationConfig's default)."""
+
+TEMPERATURE = 0.6
+LIKELIEST_SHARE = 0.9
+"""Those of Llama 3's instruct models (their generation_config.json)."""
 
 
 def evaluate(
@@ -119,12 +128,12 @@ class Evaluator:
 def generate(
     model: nn.Module, recipe: Recipe, vocab_size: int, generation: Generation
 ) -> None:
-    """Completes a batch of prompts greedily, and leaves the model as it was."""
+    """Completes a batch of prompts, and leaves the model as it was."""
     Generator(model, recipe, vocab_size, generation).run()
 
 
 class Generator:
-    """Greedy generation with a cache (transformers, GenerationMixin._sample).
+    """Generation with a cache (transformers, GenerationMixin._sample).
 
     Models are asked for the logits of the last token alone, where they can be. PEFT
     hands generation to the model below, which accelerate's autocast does not wrap.
@@ -147,8 +156,14 @@ class Generator:
         self._tokens: Tensor
         self._mask: Tensor
         self._positions: Tensor
+        self._sampling = generation.sampling
+        self._is_static = generation.cache == STATIC
+        self._processors = _processors(generation.sampling)
+        self._logits: Tensor
+        """Of the last token; with what is made of them to choose it, they live on while
+        the next are computed."""
         self._scores: Tensor
-        """Of the last token; they live on while the next are computed."""
+        self._probabilities: Tensor | None = None
         self.caches: dict[str, Any] = {}
         """What goes from one token to the next, by the name of the argument."""
 
@@ -163,7 +178,8 @@ class Generator:
             with phase("decode"):
                 self.decode_others()
         self.caches = {}
-        del self._tokens, self._mask, self._positions, self._scores
+        del self._tokens, self._mask, self._positions, self._logits, self._scores
+        self._probabilities = None
         self._owner.train(was_training)
 
     def decode_others(self) -> None:
@@ -181,7 +197,18 @@ class Generator:
         positions = self._mask.long().cumsum(-1) - 1
         self._positions = positions.masked_fill(self._mask == 0, 0)
         del positions
+        if self._is_static:
+            self.caches = {CACHE_NAMES[0]: self._static_cache()}
         self._take(self._forward(self._tokens, self._positions))
+
+    def _static_cache(self) -> Any:
+        """Room for all tokens but the last (GenerationMixin.generate)."""
+        from transformers import StaticCache
+
+        model: Any = self._model
+        length = self._tokens.shape[1] + self.num_tokens - 1
+        config = model.config.get_text_config(decoder=True)
+        return StaticCache(config=config, max_cache_len=length)
 
     def decode(self) -> None:
         """Makes one more token."""
@@ -207,9 +234,16 @@ class Generator:
             for name in CACHE_NAMES
             if name in outputs and outputs[name] is not None
         }
-        self._scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        token = torch.argmax(self._scores, dim=-1)
-        self.append(token[:, None])
+        self._logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        self._scores = self._processors(self._tokens, self._logits)
+        self.append(self._choose()[:, None])
+
+    def _choose(self) -> Tensor:
+        """The next token of each sequence, (B,)."""
+        if self._sampling == GREEDY:
+            return torch.argmax(self._scores, dim=-1)
+        self._probabilities = nn.functional.softmax(self._scores, dim=-1)
+        return torch.multinomial(self._probabilities, num_samples=1).squeeze(1)
 
     def append(self, tokens: Tensor) -> None:
         """Takes new tokens (B, 1) as made."""
@@ -217,6 +251,23 @@ class Generator:
         next_positions = self._positions[:, -1:] + 1
         self._positions = torch.cat([self._positions, next_positions], dim=-1)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=-1)
+
+
+def _processors(sampling: str) -> Any:
+    """What makes scores of logits; where there is nothing, these are the scores.
+
+    Models differ in the numbers, which change nothing of what is allocated.
+    """
+    from transformers import generation
+
+    found = []
+    if sampling == TOP_P:
+        found.append(generation.TemperatureLogitsWarper(TEMPERATURE))
+    if sampling != GREEDY:
+        found.append(generation.TopKLogitsWarper(NUM_LIKELIEST))
+    if sampling == TOP_P:
+        found.append(generation.TopPLogitsWarper(LIKELIEST_SHARE))
+    return generation.LogitsProcessorList(found)
 
 
 def save(model: nn.Module, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from memplan import tapes
 from memplan.catalog import inspect
 from memplan.errors import InputError, MissingExtraError
 from memplan.estimator import inference as closed_form
+from memplan.generation import SAMPLINGS, STATIC
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
 from memplan.store import read_json
 
 CARD = find_gpu("RTX 3060")
+AMPLE = dataclasses.replace(find_gpu("A100-SXM4-80GB"), capacity_bytes=10**13)
 LLAMA = "meta-llama/Llama-2-7b-hf"
 
 MEDIAN_BAR, BAR = 0.01, 0.03
@@ -129,6 +132,30 @@ def test_the_estimate_is_as_near_to_the_simulation_as_is_said() -> None:
     assert within >= SHARE_WITHIN
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("batch_size", [1, 64, 200])
+def test_choosing_a_token_is_estimated_as_it_is_simulated(
+    sampling: str, batch_size: int
+) -> None:
+    """Short prompts, of which the scores are most of what is above the weights."""
+    pytest.importorskip("torch")
+    from memplan.simulator import inference as simulator
+
+    model = inspect("Qwen/Qwen2.5-0.5B")
+    recipe = Recipe(method="full", batch_size=batch_size, sequence_length=8)
+    asked = Inference(num_tokens=4, sampling=sampling)
+
+    estimated = closed_form.run(model, recipe, asked, AMPLE).footprint
+    simulated = simulator.run(model, recipe, asked, AMPLE).footprint
+
+    weights = simulated.moments[0].end_allocated_bytes
+    for one, other in zip(estimated.moments[1:], simulated.moments[1:], strict=True):
+        assert one.label == other.label
+        assert one.allocated_bytes - weights == pytest.approx(
+            other.allocated_bytes - weights, rel=BAR, abs=2**20
+        )
+
+
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(InputError, match="at most 24"):
         run(
@@ -136,6 +163,11 @@ def test_more_tokens_than_positions_are_refused() -> None:
             Inference(num_tokens=25),
             sequence_length=1000,
         )
+
+
+def test_a_static_cache_is_left_to_the_simulation() -> None:
+    with pytest.raises(InputError, match="memplan simulate"):
+        run(LLAMA, Inference(cache=STATIC))
 
 
 def test_no_torch_is_imported() -> None:

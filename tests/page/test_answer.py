@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import run
 
-from memplan.page.answer import KEYS, Asked, answer, changes, export_files, report_files
+from memplan import estimator
+from memplan.errors import UntracedError
+from memplan.page.answer import (
+    KEYS,
+    Asked,
+    Details,
+    answer,
+    details,
+    export_files,
+    first,
+    report_files,
+)
 from memplan.page.answer import plan as planned
 from memplan.recipe import Recipe
+from memplan.units import format_bytes
 
 ANSWERED_SECONDS = 0.3
 
@@ -26,7 +39,8 @@ def asked(**changed: Any) -> Asked:
         "keys": {"quantization": "nf4-double"},
         "more": "",
     }
-    return Asked(**whole | changed)
+    whole |= changed
+    return Asked(**whole | {"keys": tuple(whole["keys"].items())})
 
 
 def test_keys_are_the_recipe_s() -> None:
@@ -67,7 +81,11 @@ def test_what_is_wrong_is_said(changed: dict[str, Any], words: str) -> None:
 
     assert words in found.verdict
     assert 'role="alert"' in found.verdict
-    assert (found.details, changes(asked(**changed))) == ("", "")
+    assert words in first(asked(**changed)) or "config" in changed
+    assert (found.breakdown, details(asked(**changed))) == (
+        "",
+        Details(memory="", changes=""),
+    )
 
 
 def test_a_pasted_config_is_built() -> None:
@@ -85,16 +103,45 @@ def test_a_pasted_config_is_built() -> None:
     assert (found.num_layers, found.hidden_size, found.vocab_size) == (2, 64, 1000)
 
 
-def test_a_change_is_answered_within_the_bar() -> None:
+@pytest.mark.parametrize("say", [first, answer])
+def test_a_change_is_answered_within_the_bar(say: Callable[[Asked], object]) -> None:
     """Processor time, which other processes on the machine do not add to."""
-    answer(asked())
+    say(asked())
     spent = []
     for rank in (4, 8, 32, 64, 128):
         started = time.process_time()
-        answer(asked(keys={"quantization": "nf4-double", "rank": rank}))
+        say(asked(keys={"quantization": "nf4-double", "rank": rank}))
         spent.append(time.process_time() - started)
 
     assert sorted(spent)[len(spent) // 2] < ANSWERED_SECONDS
+
+
+def test_the_largest_model_is_answered_at_once_before_its_replay() -> None:
+    large = {"quantization": "nf4-double", "checkpointing": "full"}
+    one = asked(model="meta-llama/Llama-3.1-405B", keys=large)
+    first(one)
+    started = time.process_time()
+    said = first(one)
+
+    assert time.process_time() - started < ANSWERED_SECONDS
+    peak = json.loads(
+        run(
+            *("estimate", one.model, "--quantization", "nf4-double"),
+            *("--checkpointing", "full", "--gpu", one.card, "--json"),
+        ).out
+    )["life_peak"]
+    assert f"{format_bytes(peak['allocated_bytes'])} allocated" in said
+
+
+def test_what_was_never_traced_is_said_to_be_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def untraced(*asked: object) -> None:
+        raise UntracedError("estimating this", "", "takes a trace", "trace it")
+
+    monkeypatch.setattr(estimator, "run", untraced)
+
+    assert "is being traced" in first(asked())
 
 
 def test_a_plan_fits_by_the_estimate() -> None:

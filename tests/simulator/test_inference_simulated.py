@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from memplan import inspector
 from memplan.architecture import Architecture
 from memplan.errors import InputError
 from memplan.footprint import Footprint
+from memplan.generation import DYNAMIC, GREEDY, SAMPLINGS, STATIC, TOP_K, TOP_P
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
 from memplan.model_source import ModelSource
@@ -23,6 +26,7 @@ from memplan.profiler.cpu_meter import StorageTracker
 from memplan.profiler.task import Journal, Task, read_events
 from memplan.recipe import Recipe
 from memplan.simulator import inference as simulator_inference
+from memplan.simulator import life
 from memplan.simulator.cpu import simulate_inference_on_cpu
 from memplan.training import model as training_model
 from memplan.training.values import materialize
@@ -104,8 +108,31 @@ def test_simulated_answers_take_what_real_ones_do(
         assert peak_of(simulated, label) == pytest.approx(real[label], rel=BAR)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_simulated_answers_take_what_generate_does(family: str) -> None:
+DRAWN: dict[str, dict[str, Any]] = {
+    GREEDY: {"do_sample": False},
+    TOP_K: {"do_sample": True},
+    TOP_P: {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+}
+"""What `generate` is told of how tokens are chosen."""
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling", "cache"),
+    [
+        ("llama", GREEDY, DYNAMIC),
+        ("gemma2", GREEDY, DYNAMIC),
+        ("gpt2", GREEDY, DYNAMIC),
+        ("llama", TOP_K, DYNAMIC),
+        ("llama", TOP_P, DYNAMIC),
+        ("gpt2", TOP_P, DYNAMIC),
+        ("llama", GREEDY, STATIC),
+        ("gemma2", GREEDY, STATIC),
+        ("gpt2", TOP_P, STATIC),
+    ],
+)
+def test_simulated_answers_take_what_generate_does(
+    family: str, sampling: str, cache: str
+) -> None:
     asked = tiny_recipe(dtype="float32", sequence_length=32)
     model: Any = training_model.build(architecture(family), asked)
     model = materialize(model, asked, CPU).eval()
@@ -118,13 +145,17 @@ def test_simulated_answers_take_what_generate_does(family: str) -> None:
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=TOKENS,
             min_new_tokens=TOKENS,
-            do_sample=False,
             use_cache=True,
             pad_token_id=0,
+            cache_implementation=cache,
+            disable_compile=True,
+            **DRAWN[sampling],
         )
 
     simulated = simulate_inference_on_cpu(
-        architecture(family), asked, Inference(num_tokens=TOKENS, adapters=NONE)
+        architecture(family),
+        asked,
+        Inference(num_tokens=TOKENS, adapters=NONE, sampling=sampling, cache=cache),
     )
 
     assert simulated.peak.allocated_bytes == pytest.approx(tracker.peak_bytes, rel=BAR)
@@ -155,6 +186,37 @@ def test_keys_and_values_grow_by_batch_length_and_heads() -> None:
     assert prefill.breakdown["kv_cache"] >= LAYERS * each * LENGTH
     assert decode.breakdown["kv_cache"] >= LAYERS * each * (LENGTH + 68)
     assert decode.breakdown["kv_cache"] <= (LAYERS + 1) * each * (LENGTH + 70) * 1.1
+
+
+def test_a_static_cache_has_room_for_all_tokens_but_the_last_from_the_first() -> None:
+    asked = Inference(num_tokens=70, cache=STATIC)
+    simulation = simulator_inference.run(inspect(), recipe(), asked)
+
+    prefill, decode = simulation.footprint.moments[-2:]
+    each = BATCH * KV_HEADS * HEAD_DIM * 2 * (LENGTH + 70 - 1)
+    block = 512
+    counter = block
+    room = LAYERS * (2 * math.ceil(each / block) * block + counter)
+    for moment in (prefill, decode):
+        assert moment.breakdown["kv_cache"] == room
+    assert any("disable_compile" in note for note in simulation.footprint.notes)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_tokens_that_are_left_out_of_a_static_cache_change_nothing(
+    window: int | None,
+) -> None:
+    """All are run where the simulation is told that a layer is of no known kind."""
+    kind = {"model_type": "mistral", "sliding_window": window} if window else {}
+    model = inspect(**kind)
+    asked = Inference(num_tokens=30, cache=STATIC, adapters=NONE)
+
+    few = simulator_inference.run(model, recipe(), asked).footprint
+    with mock.patch.object(life, "STATIC_LAYERS", ()):
+        every = simulator_inference.run(model, recipe(), asked).footprint
+
+    assert few.peak.allocated_bytes == every.peak.allocated_bytes
+    assert few.moments[-1].breakdown == every.moments[-1].breakdown
 
 
 def test_the_peak_is_generations_and_the_parts_sum_to_the_device() -> None:
@@ -192,3 +254,29 @@ def test_more_tokens_than_positions_are_refused() -> None:
 
     with pytest.raises(InputError, match="at most 48"):
         simulator_inference.run(gpt2, tiny_recipe(), Inference(num_tokens=49))
+
+
+def test_what_is_drawn_is_chosen_by_several_copies_of_the_logits() -> None:
+    """Many short prompts, of which the scores of a token are the most.
+
+    Bytes of a score: its copies in the model's precision and in float32, where they
+    are drawn from masks, positions of a sort and its scratch, and random numbers.
+    """
+    rows, vocabulary = 64, 16_384
+    short = recipe(batch_size=rows, sequence_length=2, method="full")
+    model = inspect(vocab_size=vocabulary)
+    each = {GREEDY: 2 + 4 + 4, TOP_K: 2 + 4 + 8 + 5, TOP_P: 2 + 4 + 8 + 4 + 12 + 28}
+
+    peaks = {
+        sampling: peak_of(
+            simulator_inference.run(
+                model, short, Inference(num_tokens=4, sampling=sampling), CARD
+            ).footprint,
+            "decode",
+        )
+        for sampling in SAMPLINGS
+    }
+
+    for sampling in (TOP_K, TOP_P):
+        added = rows * vocabulary * (each[sampling] - each[GREEDY])
+        assert peaks[sampling] - peaks[GREEDY] == pytest.approx(added, rel=0.02)

@@ -12,15 +12,9 @@ from event_logs import events_of
 from memplan import inspector, simulator
 from memplan.allocator import AllocatorSettings
 from memplan.architecture import Architecture
+from memplan.generation import Generation
 from memplan.gpu import find_gpu
-from memplan.life import (
-    CARD,
-    HOST,
-    Evaluation,
-    Generation,
-    Life,
-    LifeOptions,
-)
+from memplan.life import CARD, HOST, Evaluation, Life, LifeOptions
 from memplan.model_source import ModelSource
 from memplan.recipe import Recipe
 from memplan.simulation import Sample

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from memplan import optimizers, simulator
+from memplan.generation import Generation
 from memplan.gpu import find_gpu
-from memplan.life import CARD, Evaluation, Generation, Life
+from memplan.life import CARD, Evaluation, Life
 from memplan.simulator.events import FREE
 from memplan.training import life as training_life
 from memplan.training.model import trained_parameters

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH_INCHES = 5.0
 
-_STYLE: Any = {
+STYLE: Any = {
     "axes.edgecolor": LIGHT["quiet"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -70,7 +70,7 @@ def drawn(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout: Any = None if edges else "constrained"
         canvas = Canvas(figsize=(WIDTH_INCHES, height_inches), layout=layout)
         FigureCanvasSVG(canvas)

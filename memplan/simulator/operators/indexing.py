@@ -2,7 +2,8 @@
 
 Sources, in aten/src/ATen/native/cuda: Indexing.cu (`index_put_with_sort_kernel`),
 Sort.cpp and SortStable.cu, ScanKernels.cpp, IndexKernel.cpp (`masked_scatter__cuda`);
-aten/src/ATen/native/TensorAdvancedIndexing.cpp (`make_info`).
+aten/src/ATen/native/TensorAdvancedIndexing.cpp (`make_info`); Distributions.cpp
+(`multinomial_out`).
 """
 
 from __future__ import annotations
@@ -91,6 +92,13 @@ def cumsum(call: Call) -> None:
     result = call.outputs()
     if result.dtype != values.dtype or not values.is_contiguous():
         call.temporary(tensor_bytes(values, result.element_size()))
+
+
+@rule("aten::multinomial")
+def multinomial(call: Call) -> None:
+    """The output; for a draw of one, random numbers that the shares are divided by."""
+    call.outputs()
+    call.temporary(tensor_bytes(call.args[0]))
 
 
 @rule("aten::masked_scatter")

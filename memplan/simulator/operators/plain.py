@@ -203,8 +203,8 @@ LOOKED_UP = (
 """The outputs: rows are gathered (cuda/Indexing.cu), bins counted in shared or global
 memory (cuda/SummaryOps.cu), losses summed by one block (cuda/NLLLoss2d.cu and Loss.cu);
 the first of a row's scores are found and sorted in place up to 4096 of them
-(cuda/TensorTopK.cpp), and experts are fewer; the k-th is selected digit by digit in
-shared memory (cuda/Sorting.cu)."""
+(cuda/TensorTopK.cpp), and experts and drawn tokens are fewer; the k-th is selected
+digit by digit in shared memory (cuda/Sorting.cu)."""
 
 POOLED = ("aten::avg_pool2d", "aten::avg_pool2d_backward")
 """The output: inputs and gradients that are dense are read in place
