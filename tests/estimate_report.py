@@ -117,8 +117,7 @@ def report() -> str:
         f"| allocated | {summary(judged, lambda one: one.allocated)} |",
         f"| device | {summary(judged, lambda one: one.device)} |",
         "",
-        f"{refused} rows adapt stacked experts, which the estimate refuses.",
-        "",
+        *([f"The estimate refuses {refused} rows.", ""] if refused else []),
         "Allocated bytes are the closed form's. Device bytes add what the caching "
         "allocator's rules make of its blocks, replayed one by one, and the context. "
         "Where fragments decide, a block that comes one place earlier may save or cost "

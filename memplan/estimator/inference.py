@@ -19,7 +19,7 @@ from memplan.errors import InputError
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
-from memplan.estimator.experts import check_experts
+from memplan.estimator.experts import adapts_experts
 from memplan.estimator.layout import Group, Layout, Role, layout_of
 from memplan.estimator.limits import (
     LARGEST_BATCH,
@@ -137,16 +137,28 @@ def run(
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
-    check_experts(architecture, loaded)
+    _refuse_experts(architecture, loaded)
     card = gpu or find_gpu(UNNAMED_CARD)
     parts = parts_of(architecture, loaded, inference, card)
     footprint = Footprint(
         moments=tuple(moments(parts)),
         context_bytes=gpu.context_bytes if gpu else None,
         capacity_bytes=gpu.capacity_bytes - gpu.reserve_bytes if gpu else None,
-        notes=(*notes, *_notes(parts), WITHOUT_CACHE),
+        notes=(*notes, WITHOUT_CACHE),
     )
     return InferenceEstimate(footprint=footprint, parts=parts)
+
+
+def _refuse_experts(architecture: Architecture, recipe: Recipe) -> None:
+    """Raises InputError for adapters on experts, of whose passes no tape is kept."""
+    if adapts_experts(architecture, recipe):
+        raise InputError(
+            "targets",
+            recipe.targets,
+            f"adapts the stacked experts of {architecture.name}, whose answers the "
+            "estimate does not know",
+            "use `memplan simulate`, or targets attention",
+        )
 
 
 def _refuse_static(inference: Inference) -> None:
@@ -154,15 +166,6 @@ def _refuse_static(inference: Inference) -> None:
     if inference.cache == STATIC:
         remedy = "use `memplan simulate`, or leave it out"
         raise InputError("--cache", STATIC, "cannot be estimated", remedy)
-
-
-def _notes(parts: InferenceParts) -> Iterator[str]:
-    if any(group.cached.tensors and not group.cached.grows for group in parts.groups):
-        yield (
-            "Layers that keep states instead of keys and values work on chunks of a "
-            "prompt, of which the estimate knows those of about 1,000 tokens: it is "
-            "too low for longer ones; `memplan simulate` runs what they do."
-        )
 
 
 def parts_of(

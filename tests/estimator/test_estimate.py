@@ -83,6 +83,10 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "microsoft/phi-2",
         {"method": "full", "accumulation": 2},
     ),
+    "experts have factors of their own, and dense updates": (
+        "deepseek-ai/DeepSeek-V2-Lite",
+        {"targets": "all-linear", "checkpointing": "full"},
+    ),
     "dora under TRL promotes the residual stream": (
         "EleutherAI/pythia-70m",
         {"method": "dora", "trainer": "trl", "quantization": "nf4-double"},
@@ -216,11 +220,16 @@ def test_a_hundred_thousand_recipes_are_one_call() -> None:
     assert time.process_time() - begun < 20
 
 
-def test_adapted_experts_are_refused_by_name() -> None:
-    mixtral = inspect("mistralai/Mixtral-8x7B-v0.1")
+@pytest.mark.parametrize(
+    "keys",
+    [{"method": "dora"}, {"dropout": 0.1}, {"targets": ("gate_proj", "up_proj")}],
+    ids=["dora", "dropout", "names"],
+)
+def test_experts_that_cannot_be_adapted_are_refused(keys: dict[str, Any]) -> None:
+    deepseek = inspect("deepseek-ai/DeepSeek-V2-Lite")
 
-    with pytest.raises(InputError, match="adapts the stacked experts"):
-        estimate(mixtral, Recipe())
+    with pytest.raises(InputError, match="stacked experts"):
+        estimate(deepseek, Recipe(**keys), find_gpu("80GB"))
 
 
 def test_equal_configurations_share_their_tapes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,6 +13,7 @@ from memplan.architecture import Linear
 from memplan.catalog import inspect
 from memplan.estimator.polynomials import Sizes, value
 from memplan.methods import Flow
+from memplan.simulator.events import EventLog
 from memplan.simulator.taping import trace_layer, trace_loss, trace_model
 from memplan.simulator.taping.polynomials import BATCH, LENGTHS, sizes_in_batch
 from memplan.tape import (
@@ -145,12 +147,19 @@ def test_holes_are_the_linear_layers_of_a_block() -> None:
     assert all(tape.plain)
 
 
+def log_of(sizes: Sequence[int], operator: str = "aten.mm.default") -> EventLog:
+    log = EventLog()
+    for size in sizes:
+        log.allocate(size, operator)
+    return log
+
+
 def test_sizes_show_their_powers_of_batch_and_length() -> None:
     batch, (first, second) = BATCH, LENGTHS
     sides = [64 * batch * first, 2 * batch * first**2, 4 * first, 96]
     shorter = [64 * batch * second, 2 * batch * second**2, 4 * second, 96]
 
-    assert sizes_in_batch(sides, shorter) == [
+    assert sizes_in_batch(log_of(sides), log_of(shorter)) == [
         {"BT": 64},
         {"BTT": 2},
         {"T": 4},
@@ -161,4 +170,12 @@ def test_sizes_show_their_powers_of_batch_and_length() -> None:
 def test_scratch_by_tiles_grows_with_the_length() -> None:
     tiles, shorter = 1024 * 8192 * BATCH, 512 * 8192 * BATCH
 
-    assert sizes_in_batch([tiles], [shorter]) == [{"BT": 8192}]
+    assert sizes_in_batch(log_of([tiles]), log_of([shorter])) == [{"BT": 8192}]
+
+
+def test_a_loop_s_blocks_are_shares_of_the_sequence() -> None:
+    parts, fewer = 16 * [64 * 8192 * BATCH], 8 * [64 * 8192 * BATCH]
+
+    sizes = sizes_in_batch(log_of(parts), log_of(fewer))
+
+    assert sizes == 16 * [{"BT": 64 * 8192 / 1024}]

@@ -128,8 +128,8 @@ def _parse(architecture: Architecture, regime: Regime) -> tuple[_Parser, list[in
     run = _run(architecture, regime, stack, kept, LENGTHS[0])
     second = None
     if any(hides_length(size) for size in run.log.sizes):
-        second = _run(architecture, regime, stack, kept, LENGTHS[1]).log.sizes
-    run.sizes = sizes_in_batch(run.log.sizes, second)
+        second = _run(architecture, regime, stack, kept, LENGTHS[1]).log
+    run.sizes = sizes_in_batch(run.log, second)
     read = [_layer_to_read(block, kept) for block in blocks]
     return _Parser(run, len(kept)), read
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from memplan.simulator.events import EventLog
 from memplan.tape import Polynomial
 
 BATCH = 1031
@@ -30,23 +31,39 @@ LARGE_BYTES = 2**12
 """Bytes a sequence from which on a size that shows no length is asked again."""
 
 
-def sizes_in_batch(
-    first: list[int], second: list[int] | None = None
-) -> list[Polynomial]:
+def sizes_in_batch(first: EventLog, second: EventLog | None = None) -> list[Polynomial]:
     """Sizes of blocks in B, T and the rank r, from a run with each of the LENGTHS.
 
     A kernel's scratch is often as long as the sequence rounded up, which no prime
-    shows; how it grows from one run to the other does.
+    shows; how it grows from one run to the other does. Where a loop over parts of the
+    sequence makes more blocks in one run than in the other, each is its share of it.
     """
     length = (LENGTHS[0], LENGTH_PRIMES[0])
     dimensions = Dimensions({"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)})
-    sizes = [dimensions.monomial(size) for size in first]
-    if second is None or len(second) != len(first):
+    sizes = [dimensions.monomial(size) for size in first.sizes]
+    if second is None:
         return sizes
-    return [
-        _in_rounded_length(*pair) if _hides_length(size) else size
-        for size, pair in zip(sizes, zip(first, second, strict=True), strict=True)
-    ]
+    others = _alike(second)
+    for place, blocks in _alike(first).items():
+        seconds = others.get(place, [])
+        repeats = len(blocks) > len(seconds) > 0
+        for number, block in enumerate(blocks):
+            if not _hides_length(sizes[block]):
+                continue
+            if repeats:
+                sizes[block] = {"BT": first.sizes[block] / BATCH / ROUNDED_LENGTH}
+            elif len(blocks) == len(seconds):
+                pair = first.sizes[block], second.sizes[seconds[number]]
+                sizes[block] = _in_rounded_length(*pair)
+    return sizes
+
+
+def _alike(log: EventLog) -> dict[tuple[str, str], list[int]]:
+    """Blocks by the operator that made them, and the module that it was called in."""
+    blocks: dict[tuple[str, str], list[int]] = {}
+    for block, place in enumerate(zip(log.operators, log.modules, strict=True)):
+        blocks.setdefault(place, []).append(block)
+    return blocks
 
 
 def hides_length(num_bytes: int) -> bool:
