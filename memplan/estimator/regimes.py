@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 from memplan import kernels, quantizations
@@ -170,31 +169,23 @@ def layer_regime(recipe: Recipe, role: Role, input_dtype: str) -> LayerRegime:
     quantization = _SAME_TAPE.get(quantization, quantization)
     same = {} if quantization == "int8" else _same_sizes(recipe)
     dtype = recipe.dtype if role.quantized else dtype_outside(recipe)
-    regime = LayerRegime(
-        method="full" if recipe.method == "full" else "frozen",
+    compute_dtype = recipe.compute_dtype if role.quantized else "bfloat16"
+    adapter_dtype = recipe.adapter_dtype if role.adapted else "float32"
+    unadapted = "full" if recipe.method == "full" else "frozen"
+    by_trl = recipe.trainer == "trl" and recipe.quantization != "none"
+    return LayerRegime(
+        method=_SAME_TAPE.get(recipe.method, recipe.method)
+        if role.adapted
+        else unadapted,
         quantization=quantization,
         dtype=same.get(dtype, dtype),
         input_dtype=same.get(input_dtype, input_dtype),
         autocast=same.get(recipe.autocast, recipe.autocast),
-        compute_dtype="bfloat16",
-        adapter_dtype="float32",
-        input_casts=True,
-        dropout=False,
+        compute_dtype=same.get(compute_dtype, compute_dtype),
+        adapter_dtype=same.get(adapter_dtype, adapter_dtype),
+        input_casts=recipe.input_casts if role.adapted else True,
+        dropout=role.adapted and recipe.dropout > 0,
         bias=role.linear.bias,
-    )
-    if role.quantized:
-        compute = same.get(recipe.compute_dtype, recipe.compute_dtype)
-        regime = dataclasses.replace(regime, compute_dtype=compute)
-    if not role.adapted:
-        return regime
-    return dataclasses.replace(
-        regime,
-        method=_SAME_TAPE.get(recipe.method, recipe.method),
-        adapter_dtype=same.get(recipe.adapter_dtype, recipe.adapter_dtype),
-        input_casts=recipe.input_casts,
-        dropout=recipe.dropout > 0,
-        by_trl=recipe.method == "dora"
-        and recipe.trainer == "trl"
-        and recipe.quantization != "none",
-        options=json.dumps(dict(role.options)) if role.options else "",
+        by_trl=role.adapted and recipe.method == "dora" and by_trl,
+        options=json.dumps(dict(role.options)) if role.adapted and role.options else "",
     )
