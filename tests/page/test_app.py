@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,15 +24,34 @@ SIZE = "Or its size, such as 12GB"
 VERDICT = "#verdict .verdict"
 
 
+START_SECONDS = 120
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    """The page of a `memplan ui` of its own, as what it still computes goes with it."""
     pytest.importorskip("gradio")
-    blocks = app.build()
-    options = app.launch_options(app.LOOPBACK, None)
-    _, local, shared = blocks.launch(**options, prevent_thread_lock=True)
-    assert shared is None
-    yield local
-    blocks.close()
+    with socket.socket() as free:
+        free.bind((app.LOOPBACK, 0))
+        port = free.getsockname()[1]
+    served = [sys.executable, "-m", "memplan", "ui", "--port", str(port)]
+    with subprocess.Popen(served, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until_open(port, process)
+            yield f"http://{app.LOOPBACK}:{port}/"
+        finally:
+            process.terminate()
+
+
+def wait_until_open(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "memplan ui ended"
+        with contextlib.suppress(OSError):
+            socket.create_connection((app.LOOPBACK, port), timeout=1).close()
+            return
+        time.sleep(0.1)
+    raise AssertionError("memplan ui does not answer")
 
 
 @pytest.fixture(scope="module")
