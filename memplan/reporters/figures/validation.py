@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP"
 """Shapes, by which the cards are told apart as well as by colour."""
 
+RINGS = "simulate"
+"""The way whose points are as large as the legend's."""
+
 WAYS: Mapping[str, Mapping[str, Any]] = {
-    "simulate": {"markersize": 6.5, "markerfacecolor": "none"},
+    RINGS: {"markersize": 6.5, "markerfacecolor": "none"},
     "estimate": {"markersize": 2.5},
 }
 """A ring, and a dot that is seen within it, since both predict nearly the same."""
@@ -59,15 +62,16 @@ def draw(axes: Axes, comparisons: Sequence[Comparison], reading: str) -> None:
                     color=LIGHT[colour],
                     linestyle="",
                     marker=marker,
-                    label=f"{card}, {way}",
+                    label=card if way == RINGS else None,
                     **style,
                 )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("measured, GiB")
-    axes.set_ylabel("predicted, GiB")
+    axes.set_ylabel("predicted, GiB (rings simulate, dots estimate)")
     axes.grid(visible=True, axis="both")
-    axes.legend(loc="lower right")
+    # Points lie along the diagonal, and none in this corner.
+    axes.legend(loc="upper left")
 
 
 def _pair(one: Comparison, reading: str) -> tuple[int, int]:
