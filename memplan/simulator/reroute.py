@@ -367,6 +367,9 @@ def _triton_like() -> Iterator[None]:
     from torch.fx.experimental import _config
     from trl.kernels import chunked_logprob
 
+    # Imported before anything stands in, or it would take that for its own.
+    from trl.trainer import utils
+
     kernel = _NoKernel()
     with ExitStack() as stack:
         for name, replacement in {
@@ -380,7 +383,7 @@ def _triton_like() -> Iterator[None]:
                 mock.patch.object(chunked_logprob, name, replacement, create=True)
             )
         stack.enter_context(
-            mock.patch("trl.trainer.utils._use_triton", lambda device: True)
+            mock.patch.object(utils, "_use_triton", lambda device: True)
         )
         stack.enter_context(
             mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True)
