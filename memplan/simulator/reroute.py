@@ -141,8 +141,6 @@ class Reroute:
             )
             if self._cpu:
                 stack.enter_context(_asking_for_autocast(unnamed=False))
-                if self._chunks:
-                    stack.enter_context(_without_triton())
             elif self._chunks:
                 stack.enter_context(_triton_like())
             for (owner, name), function in self._replacements().items():
@@ -357,15 +355,6 @@ _WITHOUT_CUDA: dict[str, Callable[..., Any]] = {
 }
 """What PyTorch asks before it casts for a CUDA card, and before a checkpoint keeps the
 state of autocast; answered as where there is a card."""
-
-
-@contextmanager
-def _without_triton() -> Iterator[None]:
-    """Lets TRL's fused head take its path without Triton, which a CPU does not have."""
-    from trl.trainer import utils
-
-    with mock.patch.object(utils, "_use_triton", lambda device: False):
-        yield
 
 
 @contextmanager
