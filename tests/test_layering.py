@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("inference",),
     ("life",),
     ("profile", "plan", "simulation", "validation", "kernels", "cublas", "values"),
+    ("sorting",),
     ("residuals",),
     ("tape",),
     ("track",),

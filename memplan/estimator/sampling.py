@@ -9,15 +9,10 @@ held by names until it is made for the next.
 from __future__ import annotations
 
 from memplan.generation import GREEDY, TOP_P
+from memplan.sorting import POSITION_BYTES, scratch_blocks
 
-FLOAT, POSITION, BOOLEAN = 4, 8, 1
-"""Bytes of a score, of where a sort found it, and of whether it is left out."""
-
-LARGEST_SMALL_SORT = 4096
-"""Scores up to which a sort runs in place (Sort.cpp, `should_use_small_sort`)."""
-
-FEWEST_SEGMENTS = 128
-"""Rows from which each is sorted for itself (Sort.cu, `launch_stable_sort_kernel`)."""
+FLOAT, BOOLEAN = 4, 1
+"""Bytes of a score, and of whether it is left out."""
 
 KEPT = {GREEDY: FLOAT}
 """Of a token's logits while the next are computed; else logits, scores, and shares."""
@@ -56,17 +51,5 @@ def nucleus_bytes(batch: int, vocabulary: int) -> int:
     """
     count = batch * vocabulary
     summed = FLOAT + max(FLOAT, 2 * BOOLEAN + FLOAT)
-    return (FLOAT + POSITION) * count + max(
-        sort_bytes(batch, vocabulary), summed * count
-    )
-
-
-def sort_bytes(rows: int, side: int) -> int:
-    """Beside what a sort returns: its positions, and a radix sort's second set of both.
-
-    Few rows are sorted together, by value and then by row.
-    """
-    if side <= LARGEST_SMALL_SORT:
-        return 0
-    positions = 2 if 1 < rows < FEWEST_SEGMENTS else 1
-    return (positions * POSITION + FLOAT + POSITION) * rows * side
+    sorting = sum(scratch_blocks(batch, vocabulary, FLOAT))
+    return (FLOAT + POSITION_BYTES) * count + max(sorting, summed * count)

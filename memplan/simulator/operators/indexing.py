@@ -11,15 +11,10 @@ from __future__ import annotations
 import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
+from memplan.sorting import LARGEST_SMALL_SORT, radix_bytes, scratch_blocks
 
 INDEX_BYTES = 8
-"""An index, and a position that a sort carries along."""
-
-LARGEST_SMALL_SORT = 4096
-"""Side up to which a sort runs in place (`should_use_small_sort`)."""
-
-FEWEST_SEGMENTS = 128
-"""Rows from which each is sorted for itself, with no copies beside the positions."""
+"""An index."""
 
 
 @rule("aten::index")
@@ -58,15 +53,13 @@ def index_put(call: Call) -> None:
         call.temporary(tensor_bytes(values))
     for _ in range(2):
         call.temporary(INDEX_BYTES * count)
-    _sort_positions(call, count, INDEX_BYTES)
+    call.temporary(INDEX_BYTES * count)
+    call.temporary(radix_bytes(count, INDEX_BYTES))
 
 
 @rule("aten::sort")
 def sort(call: Call) -> None:
-    """Values and positions; above 4096, a copy of another layout and a radix sort's.
-
-    Few rows are sorted together, by value and then by row.
-    """
+    """Values and positions; above 4096, a copy of another layout and a radix sort's."""
     values = call.args[0]
     outputs = call.outputs()
     side = outputs[0].shape[_sorted_dim(call, values)] if values.dim() else 1
@@ -75,14 +68,8 @@ def sort(call: Call) -> None:
     if not values.is_contiguous():
         call.temporary(tensor_bytes(values))
     rows = values.numel() // side
-    if rows == 1:
-        _sort_positions(call, side, values.element_size())
-    elif rows < FEWEST_SEGMENTS:
-        call.temporary(INDEX_BYTES * values.numel())
-        call.temporary(INDEX_BYTES * values.numel())
-        call.temporary(sort_scratch_bytes(values.numel(), values.element_size()))
-    else:
-        _sort_positions(call, values.numel(), values.element_size())
+    for size in scratch_blocks(rows, side, values.element_size()):
+        call.temporary(size)
 
 
 @rule("aten::cumsum")
@@ -119,22 +106,6 @@ def masked_scatter_backward(call: Call) -> None:
     mask = call.args[1]
     call.temporary(INDEX_BYTES * mask.dim() * mask.numel())
     call.outputs()
-
-
-def sort_scratch_bytes(count: int, key_bytes: int) -> int:
-    """A radix sort's second set of keys and positions (cub, DeviceRadixSort).
-
-    Histograms come to less than a hundredth of it.
-    """
-    return (key_bytes + INDEX_BYTES) * count
-
-
-def _sort_positions(call: Call, count: int, key_bytes: int) -> None:
-    """The positions that a sort carries along, and its scratch."""
-    positions = call.temporary(INDEX_BYTES * count)
-    scratch = call.temporary(sort_scratch_bytes(count, key_bytes))
-    call.free(scratch)
-    call.free(positions)
 
 
 def _sorted_dim(call: Call, values: torch.Tensor) -> int:
