@@ -21,10 +21,9 @@ from memplan.commands.options import (
     json_option,
     key_options,
     model_argument,
-    read_recipe_file,
     runs_folder_option,
     take_gpu,
-    take_keys,
+    take_recipe_keys,
     trust_option,
     without_compiler,
 )
@@ -113,7 +112,9 @@ def command(  # noqa: PLR0913 - each is an option
     """
     # What is imported stays until the process ends: no garbage is in it.
     gc.freeze()
-    keys, named = _take_keys(recipe_files, options)
+    # Of several, each is read as it is set beside the others.
+    options["recipe_file"] = recipe_files[0] if len(recipe_files) == 1 else None
+    keys, named = take_recipe_keys(options)
     gpu = take_gpu(options)
     given = _Given(keys, gpu, Path(folder), simulates, trust_remote_code)
     if len(recipe_files) > 1:
@@ -134,20 +135,6 @@ def command(  # noqa: PLR0913 - each is an option
         for path in written:
             terminal.say(f"Wrote {path}")
     return 1 if made.fits is False else 0
-
-
-def _take_keys(
-    recipe_files: Sequence[str], options: dict[str, Any]
-) -> tuple[dict[str, Any], str | None]:
-    """The keys of the options, over those of a recipe file where it is the only one.
-
-    The model that this names likewise.
-    """
-    keys = take_keys(options)
-    if len(recipe_files) != 1:
-        return keys, None
-    read, named = read_recipe_file(recipe_files[0])
-    return read | keys, named
 
 
 def _refuse_many(recipe_files: Sequence[str], *, other: bool) -> None:
@@ -212,10 +199,8 @@ class _Given:
         )
         models = {side.model for side in sides}
         if len(models) > 1:
-            value, remedy = (
-                ", ".join(sorted(models)),
-                "give MODEL, or `memplan compare`",
-            )
+            value = ", ".join(sorted(models))
+            remedy = "give MODEL, or `memplan compare`"
             raise InputError("--recipe", value, "are several models", remedy)
         stems = [Path(file).stem for file in recipe_files]
         names = stems if len(set(stems)) == len(stems) else recipe_files
