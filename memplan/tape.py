@@ -49,6 +49,13 @@ class Regime:
     experts: str = ""
     """The targets that adapt stacked experts too, and the adapters' precision."""
 
+    def casts(self, *, is_plain: bool) -> bool:
+        """Whether a linear layer returns autocast's precision, not its input's.
+
+        One that is not plain is never quantised, so that autocast casts it always.
+        """
+        return self.casts_output or (self.autocast != "none" and not is_plain)
+
     @property
     def key(self) -> str:
         """The name under which the tape is kept."""

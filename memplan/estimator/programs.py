@@ -7,7 +7,7 @@ the most that is live counts; they are summed here and not listed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,14 +145,13 @@ class _Compiler:
         events: Events,
         *,
         in_backward: bool,
-        passing: bool = False,
         num_passing: int = 0,
     ) -> Listing:
         """The operations of some events; a first few may keep nothing for backward."""
         self._lister = _Lister()
         self._in_backward = in_backward
         for place, event in enumerate(events):
-            passes = passing or place < num_passing
+            passes = place < num_passing
             if isinstance(event, int):
                 self._one(event)
             elif event[0] == "F":
@@ -387,17 +386,17 @@ def layer_program(
     checkpointed: bool,
 ) -> Program:
     """The program of one layer."""
-    compiler = _Compiler(
-        track.sizes, values, track.lasting, dict(enumerate(holes)), track.foreign
-    )
-    forward = compiler.write(track.forward, in_backward=False, passing=checkpointed)
-    backward = compiler.write(track.backward, in_backward=True)
-    return Program(
-        num_blocks=compiler.num_blocks,
-        forward=forward,
-        backward=backward,
-        made=compiler.made,
-    )
+    num_passing = len(track.forward) if checkpointed else 0
+    return _program(track, holes, values, track.forward, track.backward, num_passing)
+
+
+def unreached_program(
+    track: BlockTrack, holes: Sequence[Filling], values: Sizes
+) -> Program:
+    """The program of a layer that needs no gradient: nothing of it is kept."""
+    rest = _made(track.forward) - _released(track.forward)
+    forward = (*track.forward, *_releases(rest))
+    return _program(track, holes, values, forward, (), len(forward))
 
 
 def first_program(
@@ -408,44 +407,40 @@ def first_program(
     What it makes before its first adapted hole is given back when that begins, but for
     what goes into it; its backward ends with that hole's, and gives the rest back.
     """
-    compiler = _Compiler(
-        track.sizes, values, track.lasting, dict(enumerate(holes)), track.foreign
-    )
     turn = _place(track.forward, "F", adapted)
     end = _place(track.backward, "B", (track.forward[turn][1],)) + 1
     before, after = track.forward[:turn], track.forward[turn:]
     unkept = _made(before) - _released(before) - {track.forward[turn][2]}
     kept = (_made(before) | _made(after) | _made(track.backward[:end])) - unkept
     rest = kept & _released(track.backward[end:])
-    backward = (*track.backward[:end], *(-1 - block for block in sorted(rest)))
-    gone = {-1 - block for block in unkept}
-    return Program(
-        forward=compiler.write(
-            (*before, *sorted(gone), *_without(after, gone)),
-            in_backward=False,
-            num_passing=turn,
-        ),
-        backward=compiler.write(tuple(_without(backward, gone)), in_backward=True),
-        num_blocks=compiler.num_blocks,
-        made=compiler.made,
-    )
+    forward = (*before, *_releases(unkept), *_without(after, unkept))
+    backward = (*_without(track.backward[:end], unkept), *_releases(rest))
+    return _program(track, holes, values, forward, backward, turn)
 
 
-def unreached_program(
-    track: BlockTrack, holes: Sequence[Filling], values: Sizes
+def _program(  # noqa: PLR0913 - each is a part of a layer
+    track: BlockTrack,
+    holes: Sequence[Filling],
+    values: Sizes,
+    forward: Events,
+    backward: Events,
+    num_passing: int,
 ) -> Program:
-    """The program of a layer that needs no gradient: nothing of it is kept."""
+    """The program of a layer's events; the first few keep nothing for backward."""
     compiler = _Compiler(
         track.sizes, values, track.lasting, dict(enumerate(holes)), track.foreign
     )
-    rest = _made(track.forward) - _released(track.forward)
-    forward = (*track.forward, *(-1 - block for block in sorted(rest)))
     return Program(
-        forward=compiler.write(forward, in_backward=False, passing=True),
-        backward=compiler.write((), in_backward=True),
+        forward=compiler.write(forward, in_backward=False, num_passing=num_passing),
+        backward=compiler.write(backward, in_backward=True),
         num_blocks=compiler.num_blocks,
         made=compiler.made,
     )
+
+
+def _releases(blocks: Iterable[int]) -> Iterator[int]:
+    """The events that release blocks."""
+    return (-1 - block for block in sorted(blocks))
 
 
 def _place(events: Events, kind: str, holes: Container[int]) -> int:
@@ -479,9 +474,9 @@ _OWNING = 5
 def _without(events: Events, gone: Container[int]) -> Iterator[Any]:
     """Events but for the releases of blocks that are gone."""
     for event in events:
-        release = event if isinstance(event, int) else -1 - event[1]
+        block = -1 - event if isinstance(event, int) else event[1]
         is_release = isinstance(event, int) or event[0] == "D"
-        if not (is_release and release in gone):
+        if not (is_release and block in gone):
             yield event
 
 

@@ -51,7 +51,7 @@ from memplan.estimator.programs import (
     layer_program,
     unreached_program,
 )
-from memplan.estimator.regimes import is_prepared, layer_regime, loss_regime
+from memplan.estimator.regimes import is_prepared, loss_regime
 from memplan.estimator.schedule import GroupPart, Parts, workspaces
 from memplan.estimator.trained import in_order
 from memplan.estimator.weights import DTYPE_BYTES
@@ -429,26 +429,22 @@ class _Replay:
 
     def _fill(self, part: GroupPart) -> tuple[Filling, ...]:
         """What stands in the holes of a part's layers."""
-        roles = {role.linear.path: role for role in part.group.roles}
-        holes = []
-        names = zip(part.tape.holes, part.tape.input_dtypes, strict=True)
-        for (path, input_dtype), linear in zip(names, part.linears, strict=True):
-            regime = layer_regime(self._recipe, roles[path], input_dtype)
-            sizes = {
-                "": 1,
-                "N": self._tokens,
-                "i": linear.in_features,
-                "o": linear.out_features,
-                "r": linear.rank,
-            }
-            holes.append(
-                Filling(
-                    track=tapes.layer_track(regime),
-                    tape=linear.tape,
-                    sizes=Sizes(sizes),
-                )
+        return tuple(
+            Filling(
+                track=tapes.layer_track(linear.regime),
+                tape=linear.tape,
+                sizes=Sizes(
+                    {
+                        "": 1,
+                        "N": self._tokens,
+                        "i": linear.in_features,
+                        "o": linear.out_features,
+                        "r": linear.rank,
+                    }
+                ),
             )
-        return tuple(holes)
+            for linear in part.linears
+        )
 
     def _micro_batch(self, step: int, *, first: bool) -> Iterator[str]:
         self._moment = f"{step}.forward"

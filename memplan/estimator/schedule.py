@@ -54,6 +54,7 @@ from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.tape import (
     BlockTape,
+    LayerRegime,
     LayerTape,
     LossTape,
     Mark,
@@ -67,6 +68,7 @@ from memplan.tape import (
 class LinearPart:
     """A linear layer of a group, with its tape."""
 
+    regime: LayerRegime
     tape: LayerTape
     in_features: int
     out_features: int
@@ -213,7 +215,7 @@ def _outputs(
             if path not in roles:
                 continue
             told = layer_regime(recipe, roles[path], input_dtype)
-            casts = regime.casts_output or (not is_plain and regime.autocast != "none")
+            casts = regime.casts(is_plain=is_plain)
             expected = told.autocast if casts else told.input_dtype
             returned = tapes.layer_tape(told).output_dtype
             if returned != expected:
@@ -242,23 +244,23 @@ def _group(  # noqa: PLR0913 - each says what the layers are
     count: int,
     kind: int,
     regime: Regime,
-    first: int,
+    first: int | None,
     architecture: Architecture,
     recipe: Recipe,
 ) -> GroupPart:
     tape = tapes.model_tape(architecture, regime).blocks[kind]
     roles = {role.linear.path: role for role in group.roles}
     linears = []
-    known: dict[Any, LayerTape] = {}
+    known: dict[Any, LayerRegime] = {}
     for path, input_dtype in zip(tape.holes, tape.input_dtypes, strict=True):
         role = roles[path]
         alike = (role.treatment, role.linear.bias, input_dtype)
         if alike not in known:
-            layer = layer_regime(recipe, role, input_dtype)
-            known[alike] = tapes.layer_tape(layer)
+            known[alike] = layer_regime(recipe, role, input_dtype)
         linears.append(
             LinearPart(
-                tape=known[alike],
+                regime=known[alike],
+                tape=tapes.layer_tape(known[alike]),
                 in_features=role.linear.in_features,
                 out_features=role.linear.out_features,
                 rank=role.rank,
@@ -273,22 +275,21 @@ def _group(  # noqa: PLR0913 - each says what the layers are
         kind=kind,
         tape=tape,
         linears=tuple(linears),
+        unreached=sum(layer < (first or 0) for layer in group.layers),
     )
-    unreached = sum(layer < first for layer in group.layers)
-    part = dataclasses.replace(part, unreached=unreached)
-    if recipe.checkpointing == "full" or first not in group.layers:
-        return part
-    if not _begins_within(part, architecture, recipe):
+    if first not in group.layers or not _begins_within(part):
         return part
     checkpointed = dataclasses.replace(regime, checkpointed=True)
     passing = tapes.model_tape(architecture, checkpointed).blocks[kind]
     return dataclasses.replace(part, passing=passing)
 
 
-def _first_reached(architecture: Architecture, layout: Layout, recipe: Recipe) -> int:
-    """The first layer that needs a gradient: 0 where its input does."""
-    if _needs_input_gradient(architecture, recipe):
-        return 0
+def _first_reached(
+    architecture: Architecture, layout: Layout, recipe: Recipe
+) -> int | None:
+    """The first layer that trains anything; None where the first one's input does."""
+    if _reaches_input(architecture, recipe):
+        return None
     experts = adapts_experts(architecture, recipe)
     trained = [
         layer
@@ -300,29 +301,29 @@ def _first_reached(architecture: Architecture, layout: Layout, recipe: Recipe) -
         )
         for layer in group.layers
     ]
-    return min(trained, default=0)
+    return min(trained, default=None)
 
 
-def _needs_input_gradient(architecture: Architecture, recipe: Recipe) -> bool:
-    """Checkpoints ask for their input's gradient, and a trained embedding has one."""
+def _reaches_input(architecture: Architecture, recipe: Recipe) -> bool:
+    """Whether gradients reach the first layer's input, or are taken to.
+
+    Checkpoints ask for them, and a trained embedding does. Of other modules that are
+    trained whole it is not asked in which layer they are first.
+    """
     if recipe.method == "full" or recipe.checkpointing == "full":
         return True
-    embeddings = {
-        parameter.path.rpartition(".")[0]
-        for parameter in architecture.parameters
-        if parameter.kind == "embedding"
-    }
+    head = {linear.path for linear in architecture.linears if linear.kind == "head"}
     return any(
-        path.endswith(name) for path in embeddings for name in recipe.trained_modules
+        not any(path.endswith(name) for path in head) for name in recipe.trained_modules
     )
 
 
-def _begins_within(part: GroupPart, architecture: Architecture, recipe: Recipe) -> bool:
+def _begins_within(part: GroupPart) -> bool:
     """Whether gradients are first needed somewhere within the first layer reached.
 
     Before an adapted linear layer that is the first of all a norm alone is kept.
     """
-    if _needs_input_gradient(architecture, recipe) or part.regime.experts:
+    if part.regime.experts:
         return False
     forwards = [
         item

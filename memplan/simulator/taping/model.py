@@ -257,15 +257,13 @@ def _linears(stack: nn.Module) -> list[tuple[str, Any]]:
 
 def _dig(stack: nn.Module, tracer: TapeTracer, regime: Regime) -> dict[int, str]:
     """Puts holes in the place of linear layers; their paths in the stack by number."""
-    under_autocast = regime.autocast != "none"
     outputs = dict(regime.outputs)
     paths: dict[int, str] = {}
     for path, linear in _linears(stack):
         shape = linear.weight.shape
         out_features = shape[1] if isinstance(linear, Conv1D) else shape[0]
         number = len(paths)
-        # What is no plain linear layer is never quantised: autocast casts it always.
-        casts = regime.casts_output or (under_autocast and not _is_plain(linear))
+        casts = regime.casts(is_plain=_is_plain(linear))
         named = outputs.get(path.partition(".")[2], regime.autocast if casts else "")
         dtype = getattr(torch, named) if named else None
         stack.set_submodule(path, Hole(tracer, number, out_features, dtype))
@@ -568,6 +566,7 @@ class _Writer:
         self._tape: list[Stretch | Mark] = []
         self._inputs = self._inputs_of_holes()
         self._let_go = let_go_of(events)
+        self._let_go_blocks = set(self._let_go.values())
         self._inside = False
         self._net: Polynomial = {}
         self._candidates: list[Polynomial] = []
@@ -608,7 +607,7 @@ class _Writer:
         self._candidates.append(self._net)
 
     def _free(self, block: int) -> None:
-        if block in self._let_go.values():
+        if block in self._let_go_blocks:
             return
         if block in self._inputs:
             self._end_stretch()

@@ -136,6 +136,7 @@ class _Writer:
         written: list[Any] = []
         begun: HoleMark | None = None
         let_go = let_go_of(events)
+        let_go_blocks = set(let_go.values())
         for event in events:
             if isinstance(event, HoleMark):
                 if event.kind in "FB":
@@ -152,7 +153,7 @@ class _Writer:
             block, size = event
             if self._tracks.is_left_out(block):
                 continue
-            if size == FREE and block in let_go.values() and self._is_own(block):
+            if size == FREE and block in let_go_blocks and self._is_own(block):
                 continue
             if size != FREE:
                 if begun is None:
