@@ -8,10 +8,17 @@ aten/src/ATen/native/TensorAdvancedIndexing.cpp (`make_info`); Distributions.cpp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
-from memplan.sorting import LARGEST_SMALL_SORT, radix_bytes, scratch_blocks
+from memplan.sorting import (
+    LARGEST_SMALL_SORT,
+    POSITION_BYTES,
+    radix_bytes,
+    scratch_blocks,
+)
 
 INDEX_BYTES = 8
 """An index."""
@@ -53,8 +60,7 @@ def index_put(call: Call) -> None:
         call.temporary(tensor_bytes(values))
     for _ in range(2):
         call.temporary(INDEX_BYTES * count)
-    call.temporary(INDEX_BYTES * count)
-    call.temporary(radix_bytes(count, INDEX_BYTES))
+    _hold(call, (POSITION_BYTES * count, radix_bytes(count, INDEX_BYTES)))
 
 
 @rule("aten::sort")
@@ -68,8 +74,7 @@ def sort(call: Call) -> None:
     if not values.is_contiguous():
         call.temporary(tensor_bytes(values))
     rows = values.numel() // side
-    for size in scratch_blocks(rows, side, values.element_size()):
-        call.temporary(size)
+    _hold(call, scratch_blocks(rows, side, values.element_size()))
 
 
 @rule("aten::cumsum")
@@ -106,6 +111,12 @@ def masked_scatter_backward(call: Call) -> None:
     mask = call.args[1]
     call.temporary(INDEX_BYTES * mask.dim() * mask.numel())
     call.outputs()
+
+
+def _hold(call: Call, sizes: Iterable[int]) -> None:
+    """Blocks that are there at once; the last goes first."""
+    for block in reversed([call.temporary(size) for size in sizes]):
+        call.free(block)
 
 
 def _sorted_dim(call: Call, values: torch.Tensor) -> int:
