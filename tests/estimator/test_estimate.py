@@ -71,6 +71,10 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "openai-community/gpt2",
         {"targets": "mlp", "sequence_length": 1024},
     ),
+    "layers below the first adapter keep nothing": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {"targets": tuple(f"layers.{layer}.mlp.up_proj" for layer in range(11, 22))},
+    ),
     "eager scores are handed from layer to layer": (
         "tiiuae/falcon-7b",
         {"attention": "eager", "checkpointing": "full", "quantization": "nf4-double"},

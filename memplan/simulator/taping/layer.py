@@ -176,9 +176,10 @@ def build_layer(
         return model.train()
     if regime.method == "full":
         return model.requires_grad_(True).train()
-    # PEFT begins adapters on the host; what other tuners fill there takes minutes.
-    host = torch.device("meta") if regime.method == "peft" else nullcontext()
-    with host:
+    # PEFT begins adapters on the host. What other tuners fill there takes minutes; what
+    # is left there for HQQ's layers until all are made may be more than there is.
+    on_card = regime.method == "peft" or scheme.loading_flag == "hqq_quantized"
+    with torch.device("meta") if on_card else nullcontext():
         return training_model.install(model, recipe, ("linear",)).train()
 
 
