@@ -38,7 +38,7 @@ def read_grid(file: str, given: Mapping[str, Any] | None = None) -> tuple[GridRu
 
     Raises InputError, which names the run, for what is no run.
     """
-    parsed = parse_json_or_yaml(_text(file), FIELD)
+    parsed = parse_json_or_yaml(_text(file), FIELD, file)
     if not isinstance(parsed, Mapping) or not isinstance(parsed.get("runs"), list):
         raise InputError(FIELD, file, "has no list of runs", "write `runs: [...]`")
     _check_keys(parsed, ("model", "recipe", "inference", "runs", "description"), file)

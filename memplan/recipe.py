@@ -264,19 +264,21 @@ class Printed:
     """The object that memplan printed, empty where the file is a bare recipe."""
 
 
-def read_recipe_text(text: str, field: str) -> tuple[dict[str, Any], str | None]:
+def read_recipe_text(
+    text: str, field: str, file: str | None = None
+) -> tuple[dict[str, Any], str | None]:
     """The keys in a recipe file's text, JSON or YAML, and the model it names, if any.
 
     A plan, or any other object that memplan printed, is a recipe too: its `recipe` is
-    taken, and its `model`.
+    taken, and its `model`. Errors name the file, or quote the text that is in none.
     """
-    found = read_printed_text(text, field)
+    found = read_printed_text(text, field, file)
     return found.recipe, found.model
 
 
-def read_printed_text(text: str, field: str) -> Printed:
+def read_printed_text(text: str, field: str, file: str | None = None) -> Printed:
     """What a recipe file's text says, with the printed object that it may be."""
-    parsed = parse_json_or_yaml(text, field)
+    parsed = parse_json_or_yaml(text, field, file)
     if not isinstance(parsed, Mapping):
         raise InputError(
             field, parsed, "is not a mapping of keys to values", "write `rank: 16`, say"
@@ -291,29 +293,39 @@ def read_printed_text(text: str, field: str) -> Printed:
     )
 
 
-def parse_json_or_yaml(text: str, field: str) -> Any:
-    """What a text of JSON or YAML holds; raises InputError for neither."""
+def parse_json_or_yaml(text: str, field: str, file: str | None = None) -> Any:
+    """What a text of JSON or YAML holds; raises InputError for neither.
+
+    The error names the file, or quotes a text that is in none.
+    """
+    shown = text if file is None else file
     remedy = "write it as JSON or YAML"
     if not text.strip():
-        raise InputError(field, text, "is empty", remedy)
+        raise InputError(field, shown, "is empty", remedy)
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise InputError(field, text, "is nested too deeply", remedy) from error
+        raise InputError(field, shown, "is nested too deeply", remedy) from error
     except ValueError as error:
-        return _parse_yaml(text, field, f"{remedy} (as JSON: {error})")
+        problem = error
+    try:
+        return _parse_yaml(text)
+    except ValueError as error:
+        remedy = f"{remedy} (as JSON: {problem})"
+        raise InputError(field, shown, str(error), remedy) from error
 
 
-def _parse_yaml(text: str, field: str, remedy: str) -> Any:
+def _parse_yaml(text: str) -> Any:
+    """What a text of YAML holds; raises ValueError, which says what it is instead."""
     import yaml
 
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = f"is not valid YAML ({' '.join(str(error).split())[:120]})"
-        raise InputError(field, text, problem, remedy) from error
     except RecursionError as error:
-        raise InputError(field, text, "is nested too deeply", remedy) from error
+        raise ValueError("is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise ValueError(f"is not valid YAML ({told})") from error
 
 
 def recipe_text(keys: Mapping[str, Any]) -> str:

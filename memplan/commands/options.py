@@ -292,12 +292,12 @@ def given_keys(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_recipe_file(file: str) -> tuple[dict[str, Any], str | None]:
     """The keys in a recipe file and the model it names, if any; `-` is stdin."""
-    return read_recipe_text(_read_text(file), "--recipe")
+    return read_recipe_text(_read_text(file), "--recipe", file)
 
 
 def read_printed_file(file: str) -> Printed:
     """What a plan, a recipe file or a printed object says; `-` is stdin."""
-    return read_printed_text(_read_text(file, "PLAN"), "PLAN")
+    return read_printed_text(_read_text(file, "PLAN"), "PLAN", file)
 
 
 def model_argument(model: str | None, named: str | None) -> str:
