@@ -8,9 +8,8 @@ Notable:
   2 MiB), above from the large one (segments of 20 MiB; from 10 MiB on, the request
   rounded up to 2 MiB).
 * The best fit is the smallest cached block of the request's stream; among equal sizes
-  the lowest address. So addresses matter: a driver places each new segment below the
-  earlier ones, which moves what is reserved by whole score matrices (measured on a T4).
-  No address is used twice.
+  the lowest address. So addresses matter, which moves what is reserved by whole score
+  matrices (memplan.addresses).
 * A large block is split only for a remainder above 1 MiB. Otherwise it is handed out
   whole, and `allocated_bytes` counts all of it.
 * Nothing returns to the driver until an allocation fails or `empty_cache` is called,
@@ -28,6 +27,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from memplan.addresses import Addresses
 from memplan.errors import InputError, UnknownNameError
 from memplan.units import MIB, format_bytes
 
@@ -55,9 +55,6 @@ NUM_ROUNDUP_INTERVALS = 16
 
 UNLIMITED_BYTES = 2**64 - 1
 """The largest size_t: torch's default `max_split_size`, and no capacity here."""
-
-FIRST_ADDRESS = 0x7000_0000_0000
-"""Where the first segment lies: any positive multiple of 2 MiB would do."""
 
 UNKNOWN_DEVICE_BYTES = 2**40
 """The card that expandable segments reserve addresses for when none is named; more
@@ -495,7 +492,7 @@ class CachingAllocator:
     `capacity_bytes` is what the driver gives this process before it refuses (None: no
     limit). `device_bytes` is the card's whole memory (totalGlobalMem), which
     `per_process_memory_fraction` and `throw_on_cudamalloc_oom` are relative to.
-    `descending` says whether the driver places a new segment below the earlier ones,
+    `addresses` is where the driver places segments (None: as it was measured to),
     `counted` whether statistics are kept of blocks, and not of what is reserved alone.
     Raises InputError if settings need `device_bytes` and it is None.
     """
@@ -506,11 +503,11 @@ class CachingAllocator:
         capacity_bytes: int | None = None,
         *,
         device_bytes: int | None = None,
-        descending: bool = True,
+        addresses: Addresses | None = None,
         counted: bool = True,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
-        self._descending = descending
+        self._addresses = addresses or Addresses()
         self._capacity_bytes = (
             UNLIMITED_BYTES if capacity_bytes is None else capacity_bytes
         )
@@ -529,7 +526,6 @@ class CachingAllocator:
             self._allowed_bytes < UNLIMITED_BYTES
             and settings.garbage_collection_threshold > 0
         )
-        self._next_address = FIRST_ADDRESS
         self._heads: dict[int, Block] = {}
         self._all = _PoolStatistics()
         large_bytes = settings.large_segment_size_bytes
@@ -802,7 +798,7 @@ class CachingAllocator:
             return self._expand(pool, size)
         if wanted_bytes > self._capacity_bytes:
             return None
-        block = Block(pool, self._take_addresses(segment_bytes), segment_bytes)
+        block = Block(pool, self._addresses.take(segment_bytes), segment_bytes)
         self._heads[block.address] = block
         self._count_device_alloc(pool, segment_bytes)
         for statistics in pool.statistics:
@@ -819,21 +815,12 @@ class CachingAllocator:
             return self.settings.large_segment_size_bytes
         return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
 
-    def _take_addresses(self, num_bytes: int) -> int:
-        """The first address of a range that nothing has lain in."""
-        span = -(-num_bytes // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
-        if self._descending:
-            self._next_address -= span
-            return self._next_address
-        address = self._next_address
-        self._next_address += span
-        return address
-
     def _release(self, block: Block) -> None:
         """Returns a segment that is one free block to the driver (release_block)."""
         pool = block.pool
         pool.remove(block)
         del self._heads[block.address]
+        self._addresses.give_back(block.address, block.size_bytes)
         self._count_device_free(pool, block.size_bytes)
         for statistics in pool.statistics:
             statistics.segment.decrease(1)
@@ -922,7 +909,7 @@ class CachingAllocator:
         page_bytes = pool.size_class.page_bytes
         num_pages = -(-(self._device_bytes + self._device_bytes // 8) // page_bytes)
         space_bytes = num_pages * page_bytes
-        block = Block(pool, self._take_addresses(space_bytes), space_bytes)
+        block = Block(pool, self._addresses.take(space_bytes), space_bytes)
         block.mapped = False
         self._heads[block.address] = block
         pool.unmapped.append(block)

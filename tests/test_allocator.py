@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.addresses import Addresses
 from memplan.allocator import (
-    FIRST_ADDRESS,
     AllocatorSettings,
     Block,
     CachingAllocator,
@@ -22,6 +22,24 @@ from memplan.allocator import (
 )
 from memplan.errors import InputError, UnknownNameError
 from memplan.units import MIB
+
+FIRST_ADDRESS = 0x7000_0000_0000
+
+
+class Ascending(Addresses):
+    """One segment after the other, which is easier to read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = FIRST_ADDRESS
+
+    def take(self, num_bytes: int) -> int:
+        address = self._next
+        self._next += -(-num_bytes // (2 * MIB)) * 2 * MIB
+        return address
+
+    def give_back(self, address: int, num_bytes: int) -> None:
+        """No address is used twice."""
 
 
 def allocator(
@@ -32,7 +50,7 @@ def allocator(
         AllocatorSettings.parse(text),
         None if capacity is None else capacity * MIB,
         device_bytes=None if device is None else device * MIB,
-        descending=False,
+        addresses=Ascending(),
     )
 
 
@@ -202,7 +220,7 @@ def test_empty_cache_returns_only_whole_segments() -> None:
 def test_new_segments_lie_below_earlier_ones_unless_told_otherwise() -> None:
     target = CachingAllocator()
     first, second = malloc(target, 30), malloc(target, 30)
-    assert second.address == first.address - 30 * MIB
+    assert second.address == first.address - 32 * MIB
     target.free(first)
     target.free(second)
     # Of equal blocks the one with the lower address, which came later, is taken.
@@ -748,7 +766,7 @@ def limited(text: str) -> CachingAllocator:
         AllocatorSettings.parse(text),
         CAPACITY_BYTES,
         device_bytes=DEVICE_BYTES,
-        descending=False,
+        addresses=Ascending(),
     )
 
 

@@ -15,6 +15,7 @@ PACKAGE = Path(memplan.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("units", "registry", "store", "notebook", "loading"),
+    ("addresses",),
     ("fields", "hub", "allocator", "machine"),
     ("architecture", "recipe", "gpu", "footprint", "model_source"),
     ("generation",),
