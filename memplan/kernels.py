@@ -42,7 +42,7 @@ class Shapes:
     dropout: float
     """The probability."""
     grouped: bool
-    """Whether key and value have fewer heads than query."""
+    """Whether key and value may have fewer heads than query (`enable_gqa`) and do."""
     dense_rows: bool = True
     """Whether the last side of each lies contiguous in memory."""
     trains: bool
@@ -75,7 +75,20 @@ def _order(gpu: Gpu) -> tuple[str, ...]:
 def _obstacle(kernel: str, shapes: Shapes, gpu: Gpu) -> str:
     """Why a kernel cannot run; empty where it can."""
     obstacle = _OBSTACLES.get(kernel)
-    return obstacle(shapes, gpu) if obstacle else ""
+    if obstacle is None:
+        return ""
+    if _has_unequal_heads(shapes):
+        return f"{kernel} attention needs as many heads of keys as of queries"
+    return obstacle(shapes, gpu)
+
+
+def _has_unequal_heads(shapes: Shapes) -> bool:
+    """Heads that only the math kernel broadcasts: `enable_gqa` was not asked for.
+
+    Source: sdp_utils_cpp.h, `check_batch_size_and_num_heads_dense`; Falcon's one head
+    of keys on an H100 (profiles/runs).
+    """
+    return not shapes.grouped and shapes.query[-3] != shapes.key[-3]
 
 
 def _flash_obstacle(shapes: Shapes, gpu: Gpu) -> str:

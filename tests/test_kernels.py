@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from memplan.errors import InputError
-from memplan.gpu import find_gpu
+from memplan.gpu import Gpu, find_gpu
 from memplan.kernels import Shapes, choose
 
 T4 = find_gpu("T4")
@@ -183,3 +183,15 @@ def test_a_pinned_kernel_that_cannot_run_is_refused(
 @pytest.mark.parametrize("kernel", ["math", "flash", "efficient", "cudnn"])
 def test_a_pinned_kernel_that_can_run_runs(kernel: str) -> None:
     assert choose(kernel, LLAMA, A100) == kernel
+
+
+@pytest.mark.parametrize("gpu", [T4, A100, H100])
+def test_fewer_heads_of_keys_without_enable_gqa_are_for_math_alone(gpu: Gpu) -> None:
+    """Falcon's one head of keys, which took score matrices on an H100."""
+    falcon = dataclasses.replace(
+        LLAMA, query=(2, 71, 512, 64), key=(2, 1, 512, 64), value=(2, 1, 512, 64)
+    )
+
+    assert choose("auto", falcon, gpu) == "math"
+    with pytest.raises(InputError, match="as many heads of keys"):
+        choose("flash", falcon, gpu)

@@ -397,7 +397,7 @@ def _kernel(
 ) -> str:
     """The kernel that attends to so many tokens from one."""
     heads = parts.heads[0]
-    key = heads.key if grouped else heads.query
+    key = heads.query if heads.grouped and not grouped else heads.key
     return kernels.choose(
         "auto" if masked else parts.recipe.attention,
         kernels.Shapes(

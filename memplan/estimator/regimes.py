@@ -129,7 +129,7 @@ def _attention(recipe: Recipe, gpu: Gpu, heads: tuple[Heads, ...]) -> tuple[str,
 
 def _shapes(recipe: Recipe, heads: Heads, *, masked: bool) -> kernels.Shapes:
     batch, length = recipe.batch_size, recipe.sequence_length
-    repeats = masked or recipe.attention == "efficient"
+    repeats = heads.grouped and (masked or recipe.attention == "efficient")
     return kernels.Shapes(
         query=(batch, heads.query, length, heads.query_dim),
         key=(batch, heads.query if repeats else heads.key, length, heads.query_dim),

@@ -39,11 +39,9 @@ def log_backward(call: Call) -> None:
 
 @rule("aten::_safe_softmax")
 def safe(call: Call) -> None:
-    """softmax(x), x == -inf and its reduction over rows, a zero, then the output."""
+    """softmax(x), whether x == -inf, all of a row, and a zero written where so."""
     scores = call.args[0]
-    itemsize = scores.element_size()
-    call.temporary(tensor_bytes(scores))
+    call.outputs()
     call.temporary(tensor_bytes(scores, 1))
     call.temporary(scores.numel() // scores.shape[-1])
-    call.temporary(itemsize)
-    call.outputs()
+    call.temporary(scores.element_size())
