@@ -142,8 +142,11 @@ def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu, missing_precision)
     tries = advises or found.failed_moment is None
     if record is not None:
-        limit = gpu.budget_bytes if gpu and found.failed_moment is None else None
-        record(samples(traced.log, settings, limit))
+        fits = gpu is not None and found.failed_moment is None
+        limit = gpu.budget_bytes if gpu and fits else None
+        allowed = settings if fits else _whole_card(settings)
+        whole_bytes = gpu.capacity_bytes if gpu else None
+        record(samples(traced.log, allowed, limit, whole_bytes))
     footprint = Footprint(
         moments=tuple(found.moments),
         context_bytes=gpu.context_bytes if gpu else None,
@@ -330,15 +333,23 @@ def _replay_on_card(
     """
     if gpu is None:
         return replay(log, settings, None), 0
-    limited = replay(log, settings, gpu.budget_bytes)
+    share = settings.per_process_memory_fraction
+    budget_bytes = min(gpu.budget_bytes, int(share * gpu.capacity_bytes))
+    limited = replay(log, settings, gpu.budget_bytes, gpu.capacity_bytes)
     if limited.failed_moment is None:
         return limited, 0
+    settings = _whole_card(settings)
     unlimited = replay(log, settings, None)
     unlimited.failed_moment = limited.failed_moment
     enough = _smallest_budget(
-        log, settings, gpu.budget_bytes, unlimited.moments, missing_precision
+        log, settings, budget_bytes, unlimited.moments, missing_precision
     )
-    return unlimited, enough - gpu.budget_bytes
+    return unlimited, enough - budget_bytes
+
+
+def _whole_card(settings: AllocatorSettings) -> AllocatorSettings:
+    """The settings, but for the share of the card that the process may reserve."""
+    return dataclasses.replace(settings, per_process_memory_fraction=1.0)
 
 
 def _smallest_budget(

@@ -29,20 +29,28 @@ class Replay:
 
 
 def replay(
-    log: EventLog, settings: AllocatorSettings, capacity_bytes: int | None
+    log: EventLog,
+    settings: AllocatorSettings,
+    capacity_bytes: int | None,
+    device_bytes: int | None = None,
 ) -> Replay:
     """Moments of the log under an allocator that may reserve `capacity_bytes`.
 
-    Stops at the first allocation that does not fit.
+    Stops at the first allocation that does not fit. `device_bytes` is the card's whole
+    memory, of which settings may allow the process a share.
     """
-    return _Replayer(log, CachingAllocator(settings, capacity_bytes)).run()
+    allocator = CachingAllocator(settings, capacity_bytes, device_bytes=device_bytes)
+    return _Replayer(log, allocator).run()
 
 
 def samples(
-    log: EventLog, settings: AllocatorSettings, capacity_bytes: int | None
+    log: EventLog,
+    settings: AllocatorSettings,
+    capacity_bytes: int | None,
+    device_bytes: int | None = None,
 ) -> Iterator[Sample]:
     """Memory after every event of a log that fits into `capacity_bytes`."""
-    allocator = CachingAllocator(settings, capacity_bytes)
+    allocator = CachingAllocator(settings, capacity_bytes, device_bytes=device_bytes)
     live: dict[int, Any] = {}
     moment, index = "", 0
     for block, num_bytes in log.events:
