@@ -55,6 +55,8 @@ class Case:
     """None on a CPU."""
     inference: Inference | None = None
     """What ran in the place of training, if anything did."""
+    settings: AllocatorSettings = dataclasses.field(default_factory=AllocatorSettings)
+    """Those of torch's allocator."""
 
 
 Predictor = Callable[[Case], Footprint]
@@ -157,9 +159,13 @@ def predictors(versions: Mapping[str, str]) -> dict[str, Predictor]:
 
 
 def predictors_of(run: Profile, versions: Mapping[str, str]) -> dict[str, Predictor]:
-    """The ways to predict that run: the estimate is of cards alone."""
+    """The ways to predict that run.
+
+    The estimate is of cards alone, and of the allocator as it is by default.
+    """
     ways = predictors(versions)
-    return ways if run.gpu else {"simulate": ways["simulate"]}
+    estimable = run.gpu is not None and not run.environment.get("allocator")
+    return ways if estimable else {"simulate": ways["simulate"]}
 
 
 def estimated(case: Case) -> Footprint:
@@ -179,7 +185,7 @@ def simulated(case: Case, versions: Mapping[str, str]) -> Simulation:
         "architecture": case.architecture.to_json(),
         "recipe": case.recipe.to_json(),
         "gpu": None if case.gpu is None else case.gpu.to_json(),
-        "allocator": dataclasses.asdict(AllocatorSettings()),
+        "allocator": dataclasses.asdict(case.settings),
         "life": dataclasses.asdict(NO_LIFE),
         "inference": case.inference and dataclasses.asdict(case.inference),
     }
@@ -206,7 +212,7 @@ def _simulate_now(case: Case) -> Simulation:
             from memplan.simulator import inference
 
             return inference.run(case.architecture, case.recipe, asked, case.gpu)
-        return simulator.run(case.architecture, case.recipe, case.gpu)
+        return simulator.run(case.architecture, case.recipe, case.gpu, case.settings)
     from memplan.simulator.cpu import simulate_inference_on_cpu, simulate_on_cpu
 
     if asked is not None:
@@ -244,6 +250,7 @@ def case_of(run: Profile) -> Case:
         recipe=run.recipe,
         gpu=None if run.gpu is None else _planned(run.gpu),
         inference=run.inference,
+        settings=AllocatorSettings.parse(run.environment.get("allocator", "")),
     )
 
 

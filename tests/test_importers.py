@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memplan import importers
+from memplan import accuracy, importers
 from memplan.errors import InputError
 from memplan.recipe import Recipe
 from memplan.store import profiles_path, read_json
@@ -279,3 +280,39 @@ def test_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
 
     with pytest.raises(InputError, match=r"other\.json"):
         importers.read(file)
+
+
+def with_environment(**changes: Any) -> dict[str, Any]:
+    record = changed(optim="adamw_torch")
+    record["environment"] = record["environment"] | changes
+    return record
+
+
+def test_settings_of_the_allocator_are_named_as_memplan_names_them(
+    tmp_path: Path,
+) -> None:
+    record = with_environment(alloc_conf="max_split_size_mb:64", shared=True)
+    (run,) = read_lines(tmp_path, record).runs
+
+    assert run.environment["allocator"] == "max_split_size_mb:64"
+    assert accuracy.case_of(run).settings.max_split_size_bytes == 64 * MIB
+    assert list(accuracy.predictors_of(run, {})) == ["simulate"]
+
+
+@pytest.mark.parametrize(
+    ("fresh", "context_bytes"), [(400 * MIB, 500 * MIB), (300 * MIB, None)]
+)
+def test_a_context_is_read_where_a_process_has_measured_nothing_before(
+    tmp_path: Path, fresh: int, context_bytes: int | None
+) -> None:
+    (run,) = read_lines(tmp_path, with_environment(driver_used_context=fresh)).runs
+
+    assert run.footprint is not None
+    assert run.footprint.context_bytes == context_bytes
+
+
+def test_losses_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    record = changed() | {"losses": [10.5, math.nan, math.inf]}
+    (run,) = read_lines(tmp_path, record).runs
+
+    assert run.losses == (10.5,)

@@ -6,6 +6,7 @@ count from 0. A record holds the allocator's statistics after each phase.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,12 +56,8 @@ def from_record(number: int, record: Mapping[str, Any]) -> Profile:
             "trainable": record.get("n_trainable", 0),
         },
         step_seconds=_step_seconds(phases),
-        losses=tuple(record["losses"]),
-        environment={
-            key: str(value)
-            for key, value in environment.items()
-            if isinstance(value, str)
-        },
+        losses=tuple(filter(math.isfinite, record["losses"])),
+        environment=_environment(environment),
         weights="checkpoint" if case["load"] == "pretrained" else "random",
     )
 
@@ -93,6 +90,15 @@ def _recipe(case: Mapping[str, Any]) -> Recipe:
         attention=_ATTENTION[case["attn"]],
         keep_outputs="none",
     )
+
+
+def _environment(environment: Mapping[str, Any]) -> dict[str, str]:
+    """The allocator's settings are named as memplan's own runs name them."""
+    return {
+        "allocator" if key == "alloc_conf" else key: value
+        for key, value in environment.items()
+        if isinstance(value, str)
+    }
 
 
 def _gpu(environment: Mapping[str, Any], footprint: Footprint | None) -> Gpu:
@@ -148,12 +154,16 @@ def _label(phase: str) -> str:
 
 
 def _context(record: Mapping[str, Any]) -> int | None:
-    """What the driver counts beyond the allocator, unless that holds paged state too.
+    """What the driver counts beyond the allocator, for the first case of a process.
 
-    The card was this process's alone.
+    Later ones find the modules of earlier ones loaded, and their paged state, which
+    bitsandbytes never frees. The card was this process's alone.
     """
     used, final = record.get("driver_used_end"), record.get("final")
     if used is None or not final or record["case"]["optim"].startswith("paged"):
+        return None
+    fresh = record["environment"].get("driver_used_context")
+    if fresh is not None and record.get("driver_used_before") != fresh:
         return None
     return int(used - final["reserved"])
 
