@@ -367,17 +367,26 @@ def _context(
     if given_bytes is not None:
         return given_bytes, ()
     planned = None if card is None else card["planning_context_mib"]
-    if card is not None and planned is not None:
-        why = f"what readings of the {card['name']}'s class round up to"
-    else:
+    if card is None or planned is None:
         size_bytes = capacity_bytes if card is None else card["nominal_gb"] * GIB
         planned, nominal_gb = _context_of_size(size_bytes)
         why = f"the largest that the catalog plans for a card of {nominal_gb} GB"
         why += "" if card is None else f", as it plans none for the {card['name']}"
+    elif card["planning_context_source"].startswith(_MEASURED):
+        return int(planned) * MIB, (
+            f"The CUDA context is planned at {planned} MiB, as it was measured on such "
+            "a card after a training step; with other drivers it may differ.",
+        )
+    else:
+        why = f"what readings of the {card['name']}'s class round up to"
     return planned * MIB, (
         f"The CUDA context is planned at {planned} MiB: {why}. That is a choice; a "
         "measured context is better.",
     )
+
+
+_MEASURED = "measured"
+"""Begins the source of a context that is no choice."""
 
 
 def _context_of_size(size_bytes: int) -> tuple[int, int]:

@@ -120,6 +120,20 @@ def test_windows_reports_the_total_that_nvidia_smi_shows():
     assert all(abs(smi - windows) <= 1 for smi, windows in known)
 
 
+MEASURED_ANEW = {
+    "H100 80GB HBM3 (SXM)": (
+        "torch_total_bytes_exact",
+        "torch_total_mib_linux_low",
+        "torch_source",
+        "cuda_context_mib_observed",
+        "context_source",
+        "planning_context_mib",
+        "planning_context_source",
+    ),
+}
+"""Columns that runs in `profiles/runs` know better than the table."""
+
+
 @pytest.mark.skipif(not CATALOG_CSV.exists(), reason="the source table is not here")
 def test_card_files_hold_the_source_table_row_by_row():
     with CATALOG_CSV.open(newline="", encoding="utf-8") as file:
@@ -129,6 +143,8 @@ def test_card_files_hold_the_source_table_row_by_row():
     assert rows.keys() <= held.keys()
     for name, row in rows.items():
         for column, text in row.items():
+            if column in MEASURED_ANEW.get(name, ()):
+                continue
             assert as_written(held[name], column) == (text or None), (name, column)
 
 
@@ -253,7 +269,7 @@ def test_a_text_of_no_use_is_refused_by_field_and_value(text):
         ("16GB", 16 * 10**9, 410),  # 16 GB Blackwell
         ("24GB", 24 * 10**9, 512),  # RTX 4090
         ("48GB", 48 * 10**9, 512),  # RTX 6000 Ada
-        ("80GB", 80 * 10**9, 717),  # A100, H100
+        ("80GB", 80 * 10**9, 758),  # A100, H100
         ("1TB", 10**12, 717),
     ],
 )
@@ -498,7 +514,7 @@ def test_auto_reads_the_device_and_adds_what_the_catalog_knows(install):
     assert gpu.name == "NVIDIA H100 80GB HBM3"
     assert gpu.capacity_bytes == (81559 - 477) * MIB
     assert gpu.reserve_bytes == 1000 * MIB
-    assert gpu.context_bytes == 717 * MIB
+    assert gpu.context_bytes == 758 * MIB
     assert gpu.compute_capability == (9, 0)
     assert gpu.memory_bandwidth_gbps == 3350
     assert any("other processes" in sentence for sentence in gpu.assumptions)

@@ -169,14 +169,15 @@ def context_bytes(
 ) -> int | None:
     """What the driver counts for this process beyond the allocator and paged state.
 
-    By the process's own reading where NVML gives it; else by what the card held more
-    than before this process came, which others may have changed meanwhile.
+    By the process's own reading where NVML gives it, which leaves managed memory out
+    (measured on an H100, driver 580); else by what the card held more than before this
+    process came, which has it, and which others may have changed meanwhile.
     """
-    used = driver.get("process_bytes")
-    if used is None and "card_used_before_bytes" in driver:
-        used = driver["card_used_bytes"] - driver["card_used_before_bytes"]
-    if used is None:
+    if "process_bytes" in driver:
+        return max(0, driver["process_bytes"] - reserved_bytes)
+    if "card_used_before_bytes" not in driver:
         return None
+    used = driver["card_used_bytes"] - driver["card_used_before_bytes"]
     return max(0, used - reserved_bytes - paged_bytes)
 
 

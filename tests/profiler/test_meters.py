@@ -229,7 +229,7 @@ def test_the_driver_s_own_reading_of_the_process_comes_first(
         "process_bytes": 300,
     }
     assert note == ""
-    assert context_bytes(driver, reserved_bytes=80, paged_bytes=20) == 200
+    assert context_bytes(driver, reserved_bytes=80, paged_bytes=20) == 220
 
 
 def test_in_a_container_the_card_s_reading_stands_in(
@@ -240,7 +240,7 @@ def test_in_a_container_the_card_s_reading_stands_in(
 
     assert "process_bytes" not in driver
     assert "containers" in note
-    assert context_bytes(driver, reserved_bytes=80, paged_bytes=0) == 500 - 170 - 80
+    assert context_bytes(driver, reserved_bytes=80, paged_bytes=20) == 500 - 170 - 100
 
 
 def test_without_nvml_torch_s_reading_of_the_card_is_kept_and_said(
