@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memplan import methods, optimizers, quantizations, tapes
+from memplan.addresses import Addresses
 from memplan.allocator import (
     SMALL_LIMIT_BYTES,
     SMALL_SEGMENT_BYTES,
@@ -79,8 +80,12 @@ class Card:
     """The allocator, large blocks in its pool and small ones as a sum."""
 
     def __init__(self, capacity_bytes: int | None, workspace_bytes: int) -> None:
+        self._addresses = Addresses()
         self.allocator = CachingAllocator(
-            AllocatorSettings(), capacity_bytes, counted=False
+            AllocatorSettings(),
+            capacity_bytes,
+            addresses=self._addresses,
+            counted=False,
         )
         self._workspace_bytes = workspace_bytes
         self._threads: set[str] = set()
@@ -103,9 +108,12 @@ class Card:
             self.allocator.free(block)
 
     def add_small(self, net: int, peak: int) -> None:
-        """Small blocks that come and go in a stretch."""
+        """Small blocks that come and go in a stretch; their segments take places."""
+        segments_before = self.small_reserved // SMALL_SEGMENT_BYTES
         self.small_peak = max(self.small_peak, self.small + peak)
         self.small += net
+        for _ in range(segments_before, self.small_reserved // SMALL_SEGMENT_BYTES):
+            self._addresses.take(SMALL_SEGMENT_BYTES)
 
     def need_workspace(self, thread: str) -> None:
         """Gives a thread's handle of cuBLAS the workspace that it has for good."""

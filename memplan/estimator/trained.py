@@ -11,7 +11,7 @@ from memplan import methods
 from memplan.architecture import Architecture
 from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.layout import Layout, Role
-from memplan.estimator.regimes import dtype_outside
+from memplan.estimator.regimes import dtype_outside, is_head_trained
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.recipe import Recipe
 
@@ -113,7 +113,10 @@ def _experts(layout: Layout, recipe: Recipe, stack: str) -> Iterator[Tensors]:
 
 
 def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
-    """Copies of modules that are trained whole (PEFT's modules_to_save)."""
+    """Copies of modules that are trained whole (PEFT's modules_to_save).
+
+    The copy of a head is its own, also where the head was the embedding.
+    """
     item = DTYPE_BYTES[dtype_outside(recipe)]
 
     def is_named(path: str) -> bool:
@@ -124,6 +127,9 @@ def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
             yield Tensors(
                 shape=(linear.out_features, linear.in_features), count=1, item=item
             )
+    if architecture.tied and is_head_trained(recipe):
+        head = (architecture.vocab_size, architecture.hidden_size)
+        yield Tensors(shape=head, count=1, item=item)
     for parameter in architecture.parameters:
         if is_named(parameter.path.rpartition(".")[0]):
             yield Tensors(shape=parameter.shape, count=1, item=item)

@@ -212,7 +212,11 @@ device's bytes are predicted with the CUDA context that the catalog plans for th
 so that their error is that of the plan.
 
 The [runs on a T4](accuracy_t4.md), [published runs](accuracy_published.md) and
-[runs on a CPU](accuracy_cpu.md) have reports of their own, with bars and reasons.
+[runs on a CPU](accuracy_cpu.md) have reports of their own, with bars and reasons. The
+runs of `measure_grid` and of `memplan profile` on an H100 drew their weights on the
+card, unless their names end in `pretrained`, while the prediction is of a load by
+`from_pretrained`: [what that moves](histories_h100.md) is shown by the card's own
+histories.
 
 `memplan validate --markdown reports/accuracy.md --figure reports/accuracy.svg
 --residuals profiles/residuals.json` writes this file, its picture, and the errors that

@@ -238,3 +238,17 @@ def test_experts_that_cannot_be_adapted_are_refused(keys: dict[str, Any]) -> Non
 
 def test_equal_configurations_share_their_tapes() -> None:
     assert tapes.name_of(inspect(LLAMA)) == tapes.name_of(inspect(LLAMA.lower()))
+
+
+@pytest.mark.parametrize("names", [("lm_head",), ("embed_tokens", "lm_head")])
+def test_the_copy_of_a_tied_head_is_trained_for_itself(names: tuple[str, ...]) -> None:
+    from memplan.simulator import simulate
+
+    model = inspect("meta-llama/Llama-3.2-1B")
+    recipe = Recipe(trained_modules=names, checkpointing="full", batch_size=2)
+    card = find_gpu("H100")
+
+    found = estimate(model, recipe, card).peak.allocated_bytes
+
+    simulated = simulate(model, recipe, card).peak.allocated_bytes
+    assert found == pytest.approx(simulated, rel=0.01)
