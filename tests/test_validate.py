@@ -328,10 +328,20 @@ def table_of(report: str) -> list[str]:
     return lines[first:last]
 
 
+FEWEST_RUNS = 3
+"""Groups of fewer runs are in the report alone, as the estimate's are."""
+
+
+def in_readme(row: str) -> bool:
+    cells = [cell.strip() for cell in row.split("|")]
+    return cells[2] == "simulate" and int(cells[7]) >= FEWEST_RUNS
+
+
 def test_readme_shows_the_errors_that_validate_found() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    head, rule, *rows = table_of(REPORT.read_text(encoding="utf-8"))
 
-    assert between_marks(readme) == table_of(REPORT.read_text(encoding="utf-8"))
+    assert between_marks(readme) == [head, rule, *filter(in_readme, rows)]
 
 
 def test_the_residuals_are_those_of_the_report() -> None:
