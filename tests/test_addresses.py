@@ -32,7 +32,7 @@ def test_a_place_that_was_given_back_is_taken_again() -> None:
     places(addresses, 16, 16)
     addresses.give_back(LAST_ADDRESS - 32 * MIB, 16 * MIB)
 
-    assert places(addresses, 20, 12) == [-64, -32]
+    assert places(addresses, 20, 12, 12) == [-64, -44, -32]
 
 
 def test_neighbours_that_were_given_back_are_one_place() -> None:
