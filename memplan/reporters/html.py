@@ -20,7 +20,8 @@ def render(document: Document) -> str:
     from markupsafe import Markup
 
     # `<` within a script's text could end it.
-    numbers = json.dumps(document.numbers).replace("<", "\\u003c")
+    text = json.dumps(document.numbers, separators=(",", ":"))
+    numbers = text.replace("<", "\\u003c")
     return _rendered(
         "report.html.j2",
         document=document,
