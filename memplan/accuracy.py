@@ -211,7 +211,9 @@ def _simulate_now(case: Case) -> Simulation:
         if asked is not None:
             from memplan.simulator import inference
 
-            return inference.run(case.architecture, case.recipe, asked, case.gpu)
+            return inference.run(
+                case.architecture, case.recipe, asked, case.gpu, case.settings
+            )
         return simulator.run(case.architecture, case.recipe, case.gpu, case.settings)
     from memplan.simulator.cpu import simulate_inference_on_cpu, simulate_on_cpu
 

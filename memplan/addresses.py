@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
-from memplan.units import MIB
+from memplan.units import MIB, round_up
 
 CHUNK_BYTES = 32 * MIB
 """What a chunk is a multiple of."""
@@ -55,20 +55,20 @@ class Addresses:
 
     def take(self, num_bytes: int) -> int:
         """The first address of a place for a segment."""
-        size = _round_up(num_bytes, GRANULE_BYTES)
+        size = round_up(num_bytes, GRANULE_BYTES)
         for number, hole in enumerate(self._holes):
             if hole.end - hole.start >= size:
                 del self._holes[number]
                 return self._place(size, hole)
         end = self._lowest
-        self._lowest -= _round_up(size, CHUNK_BYTES)
+        self._lowest -= round_up(size, CHUNK_BYTES)
         chunk = (self._lowest, end)
         return self._place(size, _Hole(*chunk, chunk))
 
     def give_back(self, address: int, num_bytes: int) -> None:
         """Frees the place of a segment."""
         chunk = self._chunks.pop(address)
-        start, end = address, address + _round_up(num_bytes, GRANULE_BYTES)
+        start, end = address, address + round_up(num_bytes, GRANULE_BYTES)
         for hole in [hole for hole in self._holes if hole.chunk == chunk]:
             if hole.end == start or hole.start == end:
                 self._holes.remove(hole)
@@ -81,7 +81,3 @@ class Addresses:
         if hole.end - hole.start > size:
             insort(self._holes, hole._replace(start=hole.start + size))
         return hole.start
-
-
-def _round_up(num_bytes: int, step_bytes: int) -> int:
-    return -(-num_bytes // step_bytes) * step_bytes

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from memplan.addresses import Addresses
 from memplan.errors import InputError, UnknownNameError
-from memplan.units import MIB, format_bytes
+from memplan.units import MIB, format_bytes, round_up
 
 MIN_BLOCK_BYTES = 512
 """Every request rounds up to a multiple of it (AllocatorConfig.h, kMinBlockSize)."""
@@ -688,7 +688,7 @@ class CachingAllocator:
         divisions = self._divisions[interval]
         if divisions > 1 and num_bytes > MIN_BLOCK_BYTES * divisions:
             step = (1 << (num_bytes.bit_length() - 1)) // divisions
-            return -(-num_bytes // step) * step
+            return round_up(num_bytes, step)
         return (num_bytes + MIN_BLOCK_BYTES - 1) & -MIN_BLOCK_BYTES
 
     def _take_cached(self, pool: _Pool, size: int) -> Block | None:
@@ -813,7 +813,7 @@ class CachingAllocator:
             return SMALL_SEGMENT_BYTES
         if size < MIN_LARGE_BYTES:
             return self.settings.large_segment_size_bytes
-        return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
+        return round_up(size, LARGE_ROUNDING_BYTES)
 
     def _release(self, block: Block) -> None:
         """Returns a segment that is one free block to the driver (release_block)."""
@@ -922,7 +922,7 @@ class CachingAllocator:
         """
         pool = block.pool
         page_bytes = pool.size_class.page_bytes
-        mapped_bytes = -(-num_bytes // page_bytes) * page_bytes
+        mapped_bytes = round_up(num_bytes, page_bytes)
         if self.reserved_bytes + mapped_bytes > self._capacity_bytes:
             return None
         index = pool.unmapped.index(block)
@@ -972,7 +972,7 @@ class CachingAllocator:
         while head.previous is not None:
             head = head.previous
         offset = block.address - head.address
-        start = -(-offset // page_bytes) * page_bytes
+        start = round_up(offset, page_bytes)
         end = (offset + block.size_bytes) // page_bytes * page_bytes
         return head.address + start, head.address + end
 

@@ -31,6 +31,11 @@ _COUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([kKmMbBtT]?)\s*")
 _SIZE = re.compile(r"\s*([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is no smaller than a value."""
+    return -(-value // multiple) * multiple
+
+
 def is_size(text: str) -> bool:
     """Whether a text is read as a size and not as a name."""
     return _SIZE.fullmatch(text) is not None

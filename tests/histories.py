@@ -10,12 +10,13 @@ from __future__ import annotations
 import gzip
 import json
 from bisect import bisect_right, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memplan.accuracy import Case
 from memplan.addresses import Addresses
-from memplan.allocator import AllocatorSettings, Block, CachingAllocator
+from memplan.allocator import Block, CachingAllocator
 from memplan.store import profiles_path
 
 TRACES = Path(__file__).parents[1] / "profiles" / "traces"
@@ -98,14 +99,14 @@ class Replayed:
     peak_reserved_bytes: int
 
 
-def replay_on_its_segments(events: list[Event], settings: str) -> Replayed:
+def replay_on_its_segments(events: Sequence[Event], case: Case) -> Replayed:
     """Every block and every segment of a history, compared by address and size.
 
     The model is told where the card put a segment, and nothing else. Raises
     AssertionError at the first difference.
     """
     addresses = _Recorded()
-    allocator = CachingAllocator(_settings(settings), addresses=addresses)
+    allocator = allocator_of(case, addresses)
     known, live, num_blocks, num_older = _Ranges(), {}, 0, 0
     previous = ""
     for action, address, size in events:
@@ -137,20 +138,26 @@ def replay_on_its_segments(events: list[Event], settings: str) -> Replayed:
     )
 
 
-def replay_by_itself(events: list[Event], settings: str) -> CachingAllocator:
-    """The model's allocator after a history's requests, its segments its own."""
-    allocator = CachingAllocator(_settings(settings), device_bytes=H100_BYTES)
-    for _ in advance(events, allocator, {}):
+def allocator_of(case: Case, addresses: Addresses | None = None) -> CachingAllocator:
+    """The model's allocator on the card of a run, under its settings."""
+    assert case.gpu is not None
+    return CachingAllocator(
+        case.settings, device_bytes=case.gpu.capacity_bytes, addresses=addresses
+    )
+
+
+def replay(
+    events: Sequence[Event], allocator: CachingAllocator
+) -> dict[int, Block | None]:
+    """Makes the requests of a history; what is held at its end, by its addresses."""
+    live: dict[int, Block | None] = {}
+    for _ in advance(events, allocator, live):
         pass
-    return allocator
-
-
-H100_BYTES = 85017493504
-"""What torch reports for the card that the histories are of."""
+    return live
 
 
 def advance(
-    events: list[Event], allocator: CachingAllocator, live: dict[int, Block | None]
+    events: Sequence[Event], allocator: CachingAllocator, live: dict[int, Block | None]
 ) -> Iterator[tuple[int, Event]]:
     """Makes the requests of a history one after the other, telling each beforehand."""
     previous = ""
@@ -167,7 +174,3 @@ def advance(
 
 
 _RETURNS = ("segment_free", "segment_unmap")
-
-
-def _settings(text: str) -> AllocatorSettings:
-    return AllocatorSettings.parse(text)

@@ -19,7 +19,7 @@ from memplan.profile import Profile
 from memplan.simulator import simulation_of, trace
 from memplan.simulator.events import EMPTY_CACHE, FREE, MARK, EventLog
 from tests import histories
-from tests.histories import H100_BYTES, Event
+from tests.histories import Event
 
 REPORT = Path(__file__).parents[1] / "reports" / "histories_h100.md"
 
@@ -77,10 +77,8 @@ def _after_load(
     events: list[Event], log: EventLog, run: Profile, case: Case
 ) -> tuple[int, int]:
     """Peaks of the log's steps in an allocator that has had the measured load."""
-    allocator = CachingAllocator(case.settings, device_bytes=H100_BYTES)
-    held: dict[int, Block | None] = {}
-    for _, _ in histories.advance(events[: _end_of_load(events, run)], allocator, held):
-        pass
+    allocator = histories.allocator_of(case)
+    held = histories.replay(events[: _end_of_load(events, run)], allocator)
     allocator.reset_peak_stats()
     by_size: dict[int, list[Block]] = defaultdict(list)
     for older in held.values():

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from memplan import runs
+from memplan import accuracy, runs
+from memplan.accuracy import Case
 from memplan.footprint import Footprint
 from tests import histories, histories_report
 
 QUICK_BYTES = 200_000
 """A history that is larger than this is replayed with the slow tests."""
-
-SHARE = "per_process_memory_fraction"
 
 FILES = histories.files()
 WHOLE = [file for file in FILES if "expandable" not in file.name]
@@ -31,11 +30,8 @@ def each(files: list[Path]) -> list[object]:
     ]
 
 
-def allocator_settings(file: Path) -> str:
-    """What the run's environment said; a share of the card shows in the events."""
-    run = runs.read(histories.run_file(file))
-    text = run.environment.get("allocator", "")
-    return "" if text.startswith(SHARE) else text
+def case_of(file: Path) -> Case:
+    return accuracy.case_of(runs.read(histories.run_file(file)))
 
 
 def measured(file: Path) -> Footprint:
@@ -48,7 +44,7 @@ def measured(file: Path) -> Footprint:
 def test_every_block_lies_where_the_card_had_it(file: Path) -> None:
     events = histories.read(file)
 
-    found = histories.replay_on_its_segments(events, allocator_settings(file))
+    found = histories.replay_on_its_segments(events, case_of(file))
 
     assert found.num_blocks > 5000
     asked = sum(action == "alloc" for action, *_ in events)
@@ -65,7 +61,8 @@ def test_every_block_lies_where_the_card_had_it(file: Path) -> None:
 def test_expandable_segments_grow_as_on_the_card(file: Path) -> None:
     events = histories.read(file)
 
-    found = histories.replay_by_itself(events, allocator_settings(file))
+    found = histories.allocator_of(case_of(file))
+    histories.replay(events, found)
 
     mapped = peak = 0
     for action, _, size in events:

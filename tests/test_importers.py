@@ -102,6 +102,12 @@ def changed(**case: Any) -> dict[str, Any]:
     return record
 
 
+def with_environment(optimizer: str = "adamw_torch", **changes: Any) -> dict[str, Any]:
+    record = changed(optim=optimizer)
+    record["environment"] = record["environment"] | changes
+    return record
+
+
 def read_lines(tmp_path: Path, *records: dict[str, Any]) -> importers.Imported:
     file = tmp_path / "records.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -163,13 +169,20 @@ def test_steps_of_measure_grid_count_from_zero_and_later_ones_are_one(
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "context"), [("adamw_torch", 500 * MIB), ("paged_adamw_8bit", None)]
+    ("optimizer", "fresh", "context"),
+    [
+        pytest.param("adamw_torch", None, 500 * MIB, id="as older records are"),
+        pytest.param("adamw_torch", 400 * MIB, 500 * MIB, id="first case"),
+        pytest.param("adamw_torch", 300 * MIB, None, id="later case"),
+        pytest.param("paged_adamw_8bit", None, None, id="paged state"),
+    ],
 )
 def test_context_is_what_the_driver_counts_beyond_the_allocator(
-    tmp_path: Path, optimizer: str, context: int | None
+    tmp_path: Path, optimizer: str, fresh: int | None, context: int | None
 ) -> None:
-    """Paged state is counted with it, and then the two are not told apart."""
-    (run,) = read_lines(tmp_path, changed(optim=optimizer)).runs
+    """Paged state is counted with it, and what earlier cases left likewise."""
+    record = with_environment(optimizer, driver_used_context=fresh)
+    (run,) = read_lines(tmp_path, record).runs
 
     assert run.footprint is not None
     assert run.footprint.context_bytes == context
@@ -282,12 +295,6 @@ def test_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
         importers.read(file)
 
 
-def with_environment(**changes: Any) -> dict[str, Any]:
-    record = changed(optim="adamw_torch")
-    record["environment"] = record["environment"] | changes
-    return record
-
-
 def test_settings_of_the_allocator_are_named_as_memplan_names_them(
     tmp_path: Path,
 ) -> None:
@@ -297,18 +304,6 @@ def test_settings_of_the_allocator_are_named_as_memplan_names_them(
     assert run.environment["allocator"] == "max_split_size_mb:64"
     assert accuracy.case_of(run).settings.max_split_size_bytes == 64 * MIB
     assert list(accuracy.predictors_of(run, {})) == ["simulate"]
-
-
-@pytest.mark.parametrize(
-    ("fresh", "context_bytes"), [(400 * MIB, 500 * MIB), (300 * MIB, None)]
-)
-def test_a_context_is_read_where_a_process_has_measured_nothing_before(
-    tmp_path: Path, fresh: int, context_bytes: int | None
-) -> None:
-    (run,) = read_lines(tmp_path, with_environment(driver_used_context=fresh)).runs
-
-    assert run.footprint is not None
-    assert run.footprint.context_bytes == context_bytes
 
 
 def test_losses_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ from memplan.estimator.weights import DTYPE_BYTES
 from memplan.loading import HALF_BYTES, natural_key, warmup_bytes
 from memplan.tape import Regime
 from memplan.track import LossTrack, ModelTrack
+from memplan.units import round_up
 
 STEPS = 2
 """The first step makes the optimizer's state; the second is like every later one."""
@@ -109,10 +110,12 @@ class Card:
 
     def add_small(self, net: int, peak: int) -> None:
         """Small blocks that come and go in a stretch; their segments take places."""
-        segments_before = self.small_reserved // SMALL_SEGMENT_BYTES
-        self.small_peak = max(self.small_peak, self.small + peak)
+        most = self.small + peak
         self.small += net
-        for _ in range(segments_before, self.small_reserved // SMALL_SEGMENT_BYTES):
+        if most <= self.small_peak:
+            return
+        before, self.small_peak = self.small_reserved, most
+        for _ in range(before, self.small_reserved, SMALL_SEGMENT_BYTES):
             self._addresses.take(SMALL_SEGMENT_BYTES)
 
     def need_workspace(self, thread: str) -> None:
@@ -123,7 +126,7 @@ class Card:
 
     @property
     def small_reserved(self) -> int:
-        return -(-self.small_peak // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+        return round_up(self.small_peak, SMALL_SEGMENT_BYTES)
 
     @property
     def reserved(self) -> int:

@@ -142,11 +142,12 @@ def simulation_of(  # noqa: PLR0913 - each is a part of what is simulated
     found, missing_bytes = _replay_on_card(traced.log, settings, gpu, missing_precision)
     tries = advises or found.failed_moment is None
     if record is not None:
-        fits = gpu is not None and found.failed_moment is None
-        limit = gpu.budget_bytes if gpu and fits else None
-        allowed = settings if fits else _whole_card(settings)
-        whole_bytes = gpu.capacity_bytes if gpu else None
-        record(samples(traced.log, allowed, limit, whole_bytes))
+        if gpu is None or found.failed_moment is not None:
+            told = samples(traced.log, _whole_card(settings), None)
+        else:
+            limits = gpu.budget_bytes, gpu.capacity_bytes
+            told = samples(traced.log, settings, *limits)
+        record(told)
     footprint = Footprint(
         moments=tuple(found.moments),
         context_bytes=gpu.context_bytes if gpu else None,

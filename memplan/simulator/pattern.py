@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from memplan.architecture import Architecture, Block
 from memplan.recipe import Recipe
 from memplan.training.few_layers import KeptLayers
+from memplan.units import round_up
 
 LONGEST_PERIOD = 12
 """Layers after which the kinds of a stack may repeat."""
@@ -194,7 +195,7 @@ def _treatment(block: Block, path: str, recipe: Recipe) -> Iterator[Hashable]:
 
 def _end_length(period: int) -> int:
     """How many layers at either end of a section stand for themselves."""
-    return -(-LAYERS_BEFORE // period) * period
+    return round_up(LAYERS_BEFORE, period)
 
 
 def _names(block: Block) -> dict[str, None]:

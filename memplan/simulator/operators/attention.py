@@ -14,6 +14,7 @@ import torch
 
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.hardware import multiprocessors
+from memplan.units import round_up
 
 FLOAT_BYTES = 4
 
@@ -72,7 +73,7 @@ def flash_backward(call: Call) -> None:
         if not tensor.transpose(1, 2).is_contiguous():
             call.temporary(tensor_bytes(tensor))
     call.outputs()
-    rounded_rows = _round_up(rows, 128)
+    rounded_rows = round_up(rows, 128)
     rounded_dim = _rounded_head(head_dim)
     call.temporary(FLOAT_BYTES * batch * heads * rounded_rows)
     call.temporary(FLOAT_BYTES * batch * rounded_rows * heads * rounded_dim)
@@ -154,9 +155,9 @@ def efficient_workspace_bytes(
     floats = query_tiles * (16 + 4 * tile.queries * tile.keys) // 4
     if tile.accumulates_kv:
         splits = max(1, min(math.ceil(columns / tile.keys), 200 // (batch * heads)))
-        floats += splits * tile.keys * _round_up(q.shape[-1], tile.queries)
-        floats += splits * tile.keys * _round_up(v.shape[-1], tile.queries)
-    return FLOAT_BYTES * batch * heads * _round_up(floats, 4)
+        floats += splits * tile.keys * round_up(q.shape[-1], tile.queries)
+        floats += splits * tile.keys * round_up(v.shape[-1], tile.queries)
+    return FLOAT_BYTES * batch * heads * round_up(floats, 4)
 
 
 def _tile(itemsize: int, head_dim: int, capability: tuple[int, int]) -> _Tile:
@@ -179,8 +180,4 @@ def _tile(itemsize: int, head_dim: int, capability: tuple[int, int]) -> _Tile:
 
 def _rounded_head(head_dim: int) -> int:
     """The head size that flash kernels work on."""
-    return _round_up(head_dim, 32 if head_dim <= 128 else 64)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
+    return round_up(head_dim, 32 if head_dim <= 128 else 64)

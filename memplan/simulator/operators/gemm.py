@@ -11,6 +11,7 @@ import torch
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
 from memplan.simulator.operators import Call, rule, tensor_bytes
 from memplan.simulator.operators.hardware import multiprocessors
+from memplan.units import round_up
 
 
 @rule("aten::mm", "aten::bmm", "aten::dot", "aten::mv")
@@ -90,7 +91,7 @@ def _grouped_output(
     """The output with rows of 16 bytes (`create_grouped_gemm_output_tensor`)."""
     columns = second.shape[-1]
     step = 16 // first.element_size()
-    padded = -(-columns // step) * step
+    padded = round_up(columns, step)
     rows = first.shape[-2]
     if (first.dim() == 2) != (second.dim() == 2):
         shape: tuple[int, ...] = (rows, columns)
