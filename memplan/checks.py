@@ -96,17 +96,19 @@ def _check_optimizer(recipe: Recipe) -> None:
         )
 
 
+TIED_HEAD = "lm_head"
+"""What transformers calls a head that is the embedding, and no layer here."""
+
+
 def _check_names(architecture: Architecture, recipe: Recipe) -> None:
     """Raises InputError for names and patterns that nothing of the model answers to.
 
-    PEFT takes further names for stacked experts, and a tied head is no layer here: for
-    such models it is left to what is built.
+    PEFT takes further names for stacked experts: for them it is left to what is built.
     """
     if not architecture.num_experts:
         _check_targets(architecture, recipe)
         _check_patterns(architecture, recipe)
-    if not architecture.tied:
-        _check_trained_modules(architecture, recipe)
+    _check_trained_modules(architecture, recipe)
 
 
 def _check_targets(architecture: Architecture, recipe: Recipe) -> None:
@@ -151,6 +153,8 @@ def _module_paths(architecture: Architecture) -> Iterator[str]:
     """Paths of the modules that hold parameters, and of those around them."""
     held = [path for path, _ in architecture.all_linears()]
     held += [one.path.rpartition(".")[0] for one in architecture.parameters]
+    if architecture.tied:
+        held.append(TIED_HEAD)
     for block in architecture.blocks:
         for path in block.paths:
             held += [

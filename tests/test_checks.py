@@ -137,3 +137,13 @@ def test_names_that_nothing_answers_to_are_refused(
 )
 def test_names_of_the_model_pass(llama: Architecture, keys: dict[str, Any]) -> None:
     check(llama, Recipe(**keys))
+
+
+@pytest.mark.parametrize("name", ["wte", "lm_head"])
+def test_a_tied_head_may_be_trained_whole(name: str) -> None:
+    check(inspect("openai-community/gpt2"), Recipe(trained_modules=(name,)))
+
+
+def test_names_are_checked_where_the_head_is_tied_too() -> None:
+    with pytest.raises(InputError, match="'lm_heed' is unknown; near: lm_head"):
+        check(inspect("openai-community/gpt2"), Recipe(trained_modules=("lm_heed",)))
