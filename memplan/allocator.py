@@ -492,8 +492,7 @@ class CachingAllocator:
     `capacity_bytes` is what the driver gives this process before it refuses (None: no
     limit). `device_bytes` is the card's whole memory (totalGlobalMem), which
     `per_process_memory_fraction` and `throw_on_cudamalloc_oom` are relative to.
-    `addresses` is where the driver places segments (None: as it was measured to),
-    `counted` whether statistics are kept of blocks, and not of what is reserved alone.
+    `addresses` is where the driver places segments (None: as it was measured to).
     Raises InputError if settings need `device_bytes` and it is None.
     """
 
@@ -504,7 +503,6 @@ class CachingAllocator:
         *,
         device_bytes: int | None = None,
         addresses: Addresses | None = None,
-        counted: bool = True,
     ) -> None:
         self.settings = settings = settings or AllocatorSettings()
         self._addresses = addresses or Addresses()
@@ -529,8 +527,8 @@ class CachingAllocator:
         self._heads: dict[int, Block] = {}
         self._all = _PoolStatistics()
         large_bytes = settings.large_segment_size_bytes
-        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all, counted)
-        self._large = _SizeClass("large", large_bytes, self._all, counted)
+        self._small = _SizeClass("small", SMALL_SEGMENT_BYTES, self._all)
+        self._large = _SizeClass("large", large_bytes, self._all)
         self._oversize_allocations = _Statistic()
         self._oversize_segments = _Statistic()
         self.num_alloc_retries = 0
@@ -992,12 +990,12 @@ class CachingAllocator:
 
     def _count_device_alloc(self, pool: _Pool, num_bytes: int) -> None:
         self.num_device_alloc += 1
-        for statistics in pool.size_class.reserving:
+        for statistics in pool.size_class.statistics:
             statistics.reserved_bytes.increase(num_bytes)
 
     def _count_device_free(self, pool: _Pool, num_bytes: int) -> None:
         self.num_device_free += 1
-        for statistics in pool.size_class.reserving:
+        for statistics in pool.size_class.statistics:
             statistics.reserved_bytes.decrease(num_bytes)
 
     def _out_of_memory(self, num_bytes: int) -> OutOfMemory:
@@ -1118,16 +1116,12 @@ _STATISTIC_NAMES = {
 class _SizeClass:
     """The small or the large pool of all streams (BlockPool)."""
 
-    def __init__(
-        self, name: str, page_bytes: int, all_: _PoolStatistics, counted: bool
-    ) -> None:
+    def __init__(self, name: str, page_bytes: int, all_: _PoolStatistics) -> None:
         self.name = name
         self.page_bytes = page_bytes
         self.num_searches = 0
         self.own = _PoolStatistics()
-        both = (all_, self.own)
-        self.statistics = both if counted else ()
-        self.reserving = both
+        self.statistics = (all_, self.own)
         self.pools: dict[int, _Pool] = {}
 
     def add_pool(self, stream: int) -> _Pool:

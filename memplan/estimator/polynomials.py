@@ -10,6 +10,8 @@ from typing import Any
 from memplan.allocator import MIN_BLOCK_BYTES
 from memplan.tape import Polynomial, Stretch
 
+_NUMBERS = (int, float)
+
 StretchBytes = tuple[Any, Any]
 """What is live after a stretch, and the most within it, above its start; the latter is
 minus infinity where nothing is noted."""
@@ -53,7 +55,7 @@ def value(polynomial: Polynomial, sizes: Sizes) -> Any:
 
 def larger(one: Any, other: Any) -> Any:
     """The larger of two numbers, element by element where one is an array."""
-    if isinstance(one, int | float) and isinstance(other, int | float):
+    if isinstance(one, _NUMBERS) and isinstance(other, _NUMBERS):
         return one if one >= other else other
     import numpy as np
 

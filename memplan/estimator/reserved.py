@@ -15,13 +15,7 @@ from typing import Any
 
 from memplan import methods, optimizers, quantizations, tapes
 from memplan.addresses import Addresses
-from memplan.allocator import (
-    SMALL_LIMIT_BYTES,
-    SMALL_SEGMENT_BYTES,
-    AllocatorSettings,
-    CachingAllocator,
-    OutOfMemory,
-)
+from memplan.allocator import SMALL_LIMIT_BYTES, SMALL_SEGMENT_BYTES
 from memplan.architecture import Linear
 from memplan.cublas import workspace_bytes
 from memplan.errors import MemplanError, MissingExtraError, UntracedError
@@ -35,6 +29,7 @@ from memplan.estimator.layout import Role
 from memplan.estimator.logits import loss_blocks
 from memplan.estimator.optimizer import step_blocks
 from memplan.estimator.polynomials import Sizes, rounded
+from memplan.estimator.pool import Pool, PoolFullError
 from memplan.estimator.programs import (
     CACHE,
     GIVE,
@@ -78,16 +73,11 @@ BLOCK_SIZE = 64
 
 
 class Card:
-    """The allocator, large blocks in its pool and small ones as a sum."""
+    """Large blocks in their pool, and small ones as a sum."""
 
     def __init__(self, capacity_bytes: int | None, workspace_bytes: int) -> None:
         self._addresses = Addresses()
-        self.allocator = CachingAllocator(
-            AllocatorSettings(),
-            capacity_bytes,
-            addresses=self._addresses,
-            counted=False,
-        )
+        self.large = Pool(self._addresses, capacity_bytes)
         self._workspace_bytes = workspace_bytes
         self._threads: set[str] = set()
         self.small = 0
@@ -96,7 +86,7 @@ class Card:
     def take(self, num_bytes: int) -> Any:
         """A block: a large one, or the bytes of a small one."""
         if num_bytes > SMALL_LIMIT_BYTES:
-            return self.allocator.malloc(num_bytes)
+            return self.large.malloc(num_bytes)
         size = rounded(num_bytes)
         self.add_small(size, size)
         return size
@@ -106,7 +96,7 @@ class Card:
         if isinstance(block, int):
             self.small -= block
         else:
-            self.allocator.free(block)
+            self.large.free(block)
 
     def add_small(self, net: int, peak: int) -> None:
         """Small blocks that come and go in a stretch; their segments take places."""
@@ -131,7 +121,7 @@ class Card:
     @property
     def reserved(self) -> int:
         """The most that was reserved so far."""
-        return self.allocator.peak_reserved_bytes + self.small_reserved
+        return self.large.peak_reserved_bytes + self.small_reserved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,7 +274,7 @@ class _Replay:
         try:
             for label in self._run():
                 self._by_moment[label] = self._card.reserved
-        except OutOfMemory:
+        except PoolFullError:
             return Reserved(by_moment=self._by_moment, failed_moment=self._moment)
         return Reserved(
             by_moment=self._by_moment, small_bytes=self._card.small_reserved
@@ -392,7 +382,7 @@ class _Replay:
                 if recipe.dtype != "float32":
                     card.take(4 * numbers)
                     card.give(block)
-            card.allocator.empty_cache()
+            card.large.empty_cache()
         if recipe.method == "full":
             return
         method = methods.find(recipe.method)
@@ -406,11 +396,11 @@ class _Replay:
             card.add_small(listing.small_net, listing.small_peak)
             for kind, number, size in listing.operations:
                 if kind == TAKE:
-                    blocks[number] = card.allocator.malloc(size)
+                    blocks[number] = card.large.malloc(size)
                 elif kind == WORKSPACE:
                     card.need_workspace("forward")
                 else:
-                    card.allocator.free(blocks[number])
+                    card.large.free(blocks[number])
         self._adapt_experts()
 
     def _adapt_experts(self) -> None:
@@ -596,7 +586,7 @@ class _Run:
 
     def _walk(self, listing: Listing, blocks: list[Any], place: int) -> None:
         card = self._card
-        malloc, free = card.allocator.malloc, card.allocator.free
+        malloc, free = card.large.malloc, card.large.free
         card.add_small(listing.small_net, listing.small_peak)
         if self._first and listing.small_gradients:
             self._gradients.append(listing.small_gradients)
@@ -635,7 +625,7 @@ class _Run:
         blocks = self._blocks[place] if within else self._outer
         for number in reversed(made.get(told, ())):
             if blocks[number] is not None:
-                self._card.allocator.free(blocks[number])
+                self._card.large.free(blocks[number])
                 blocks[number] = None
                 return
 

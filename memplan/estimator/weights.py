@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from memplan import quantizations
-from memplan.allocator import AllocatorSettings, CachingAllocator
+from memplan.addresses import Addresses
+from memplan.allocator import SMALL_LIMIT_BYTES
 from memplan.architecture import Architecture
 from memplan.estimator.layout import Layout
 from memplan.estimator.polynomials import rounded
+from memplan.estimator.pool import Pool
 from memplan.estimator.regimes import is_prepared
 from memplan.recipe import Recipe
 
@@ -105,12 +107,13 @@ def _others(architecture: Architecture, layout: Layout) -> Iterator[tuple[int, i
 @functools.lru_cache(maxsize=64)
 def _placed(sizes: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, int]:
     """What the allocator hands out for tensors, layer by layer, and reserves."""
-    allocator = CachingAllocator(AllocatorSettings(), counted=False)
+    addresses = Addresses()
+    small, large = Pool(addresses, is_small=True), Pool(addresses)
     blocks = [
-        allocator.malloc(size)
+        (small if size <= SMALL_LIMIT_BYTES else large).malloc(size)
         for turn in range(max(counts, default=0))
         for size, count in zip(sizes, counts, strict=True)
-        if turn < count
+        if turn < count and size
     ]
-    handed_out = sum(block.size_bytes for block in blocks if block is not None)
-    return handed_out, allocator.reserved_bytes
+    handed_out = sum(block.size_bytes for block in blocks)
+    return handed_out, small.reserved_bytes + large.reserved_bytes
