@@ -7,6 +7,7 @@ the loopback address unless it is told otherwise. A Space's `app.py` is
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -57,6 +58,7 @@ _CSS = """\
 .memplan table, .memplan tr {{ border: 0 !important; }}
 .memplan th, .memplan td {{ border-width: 0 0 1px !important; }}
 :focus-visible {{ outline: 2px solid var(--link) !important; outline-offset: 2px; }}
+.gradio-container:has(#pending .pending) #verdict {{ display: none; }}
 footer {{ display: none !important; }}
 """
 
@@ -72,6 +74,8 @@ def serve(
 
     Raises InputError for a port that is taken.
     """
+    # What is loaded stays, so that the collector need not walk it with each answer.
+    gc.freeze()
     try:
         blocks.launch(**launch_options(host, port), inbrowser=opens)
     except OSError as error:
@@ -151,7 +155,7 @@ def build() -> gradio.Blocks:
         title="memplan", analytics_enabled=False, fill_width=True
     ) as blocks:
         gradio.Markdown("# memplan\nHow much GPU memory a fine-tune takes.")
-        verdict = _html(gradio, "verdict")
+        pending, verdict = _html(gradio, "pending"), _html(gradio, "verdict")
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
                 controls = _controls(gradio)
@@ -162,9 +166,12 @@ def build() -> gradio.Blocks:
             with gradio.Column(scale=3, min_width=320):
                 changes = _html(gradio, "changes")
         triggers = [blocks.load, *(one.change for one in controls)]
-        said = gradio.on(triggers, _first, controls, verdict, **_QUIET)
-        said = said.then(_answered, controls, [verdict, breakdown], **_QUIET)
-        said.then(_detailed, controls, [memory, changes], **_QUIET)
+        # Side by side: what is known at once is shown until the verdict is there, and
+        # goes with it, or with the details if it should come late.
+        gradio.on(triggers, _first, controls, pending, **_QUIET)
+        answered = [pending, verdict, breakdown]
+        said = gradio.on(triggers, _answered, controls, answered, **_QUIET)
+        said.then(_detailed, controls, [pending, memory, changes], **_QUIET)
     built: gradio.Blocks = blocks
     return built
 
@@ -250,16 +257,16 @@ def _first(*values: Any) -> str:
     return first(_asked(*values))
 
 
-def _answered(*values: Any) -> tuple[str, str]:
+def _answered(*values: Any) -> tuple[str, str, str]:
     with _LOCK:
         found = answer(_asked(*values))
-    return found.verdict, found.breakdown
+    return "", found.verdict, found.breakdown
 
 
-def _detailed(*values: Any) -> tuple[str, str]:
+def _detailed(*values: Any) -> tuple[str, str, str]:
     with _LOCK:
         found = details(_asked(*values))
-    return found.memory, found.changes
+    return "", found.memory, found.changes
 
 
 _PLANNED_BY = (

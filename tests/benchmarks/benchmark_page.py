@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ MODELS = (
 KEYS = (("quantization", "nf4-double"), ("checkpointing", "full"))
 CARD = "A100-SXM4-80GB"
 RANKS = (4, 64, 8, 32, 16, 128, 24)
+PORT = 7899
 SETTLED_MS = 4000
 """After which nothing of an earlier change is still being computed."""
 
@@ -43,17 +47,19 @@ STAGES = {"closed form": first, "verdict": answer, "pictures and levers": detail
 
 WATCH = """() => {
   const times = window.times = {};
-  const [verdict, memory, changes] = ["verdict", "memory", "changes"].map(
-    id => document.getElementById(id));
   const now = performance.now.bind(performance);
-  new MutationObserver(() => {
-    if (verdict.querySelector(".pending")) times["closed form"] ??= now();
-    else if ("closed form" in times && verdict.querySelector(".verdict"))
-      times["verdict"] ??= now();
-  }).observe(verdict, {subtree: true, childList: true});
-  for (const place of [memory, changes])
-    new MutationObserver(() => { times["pictures and levers"] = now(); })
-      .observe(place, {subtree: true, childList: true, characterData: true});
+  const watch = (id, note) => new MutationObserver(note).observe(
+    document.getElementById(id),
+    {subtree: true, childList: true, characterData: true});
+  const pending = () => document.querySelector("#pending .pending");
+  const verdict = () => document.querySelector("#verdict .verdict")?.textContent;
+  const before = verdict();
+  watch("pending", () => { if (pending()) times["closed form"] ??= now(); });
+  watch("verdict", () => {
+    if (verdict() && verdict() !== before) times["verdict"] ??= now();
+  });
+  for (const id of ["memory", "changes"])
+    watch(id, () => { times["pictures and levers"] = now(); });
 }"""
 """Notes when the first two are first seen, and when the last was last changed."""
 
@@ -91,11 +97,32 @@ def seen(page: Any) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
+@contextmanager
+def served() -> Iterator[str]:
+    """The address of the page, which the command serves in a process of its own."""
+    url = f"http://{app.LOOPBACK}:{PORT}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memplan", "ui", "--port", str(PORT)]
+    )
+    try:
+        while not _answers(url):
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url):
+            return True
+    except OSError:
+        return False
+
+
 def rows() -> Iterator[str]:
-    blocks = app.build()
-    options = app.launch_options(app.LOOPBACK, None)
-    _, url, _ = blocks.launch(**options, prevent_thread_lock=True)
-    with chromium() as browser:
+    with served() as url, chromium() as browser:
         page = opened(browser, url, width=1280, scheme="light").page
         page.wait_for_selector("#changes section")
         choose(page, "Card", CARD)
@@ -103,7 +130,6 @@ def rows() -> Iterator[str]:
             choose(page, "Model", model)
             page.wait_for_timeout(SETTLED_MS)
             yield row(model, computed(model), seen(page))
-    blocks.close()
 
 
 def row(model: str, own: dict[str, float], there: dict[str, float]) -> str:
