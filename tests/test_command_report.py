@@ -16,18 +16,21 @@ import pytest
 from browser import FAINT, WIDTHS, chromium, opened
 from command_line import run, run_process
 
-from memplan import estimator
+from memplan import accuracy, estimator
 from memplan.catalog import inspect
-from memplan.footprint import CATEGORIES, Footprint
+from memplan.footprint import CATEGORIES, Footprint, Moment
 from memplan.gpu import find_gpu
 from memplan.plan import Plan
+from memplan.profile import Profile
 from memplan.recipe import Recipe
 from memplan.reporters.palette import DARK, LIGHT
 from memplan.reporters.schema import output_schema
+from memplan.simulation import Simulation
 from memplan.units import format_bytes
 
 LLAMA = ("meta-llama/Llama-2-7b-hf", "--quantization", "nf4-double")
 CARD = ("--gpu", "RTX 3060")
+H100_RUNS = Path(__file__).parents[1] / "profiles" / "runs" / "nvidia-h100-80gb-hbm3"
 T4_RUN = "t4-00-qwen2.5-1.5b-instruct-nf4"
 
 
@@ -284,6 +287,75 @@ def test_a_run_is_reported_beside_its_prediction(tmp_path: Path) -> None:
     assert "measured by fitcheck" in markdown_of(told)
 
 
+def errors_in(markdown: str) -> dict[str, float]:
+    """By reading: how far the prediction is from the measured run, in percent."""
+    row = r"^\| ([^|]+) \| [^|]+ \| [^|]+ \| ([-+][\d.]+)% \|$"
+    found = re.findall(row, markdown, re.MULTILINE)
+    return {reading: float(error) for reading, error in found}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tinyllama-1.1b-qlora-r16-b1-s1024-expandable",
+        "llama-3.2-1b-inference-lora-merged-none-b4-s512-ac444abff8",
+    ],
+    ids=["another allocator", "inference"],
+)
+def test_a_run_is_simulated_as_it_ran(name: str, tmp_path: Path) -> None:
+    told = reported(tmp_path, str(H100_RUNS / f"{name}.json"))
+
+    assert abs(errors_in(markdown_of(told))["peak, allocated"]) < 0.02
+
+
+def test_inference_is_reported_with_the_estimate_s_numbers(tmp_path: Path) -> None:
+    asked = (*LLAMA, *CARD, "--inference", "--new-tokens", "32")
+    told = reported(tmp_path, *asked)
+    estimate = json.loads(run("estimate", *asked, "--json").out)
+
+    assert told["numbers"]["life_peak"] == estimate["life_peak"]
+    assert told["numbers"]["inference"] == estimate["inference"]
+    markdown = markdown_of(told)
+    assert "--inference --new-tokens 32 --adapters separate" in markdown
+    assert "memplan export" not in markdown
+    assert numbers_in(html_of(told))["life_peak"] == estimate["life_peak"]
+
+
+def test_a_run_on_a_cpu_is_set_beside_a_cpu_s_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Profile(
+        id="cpu-run",
+        source="memplan profile",
+        device="cpu",
+        model="openai-community/gpt2",
+        recipe=Recipe(),
+        footprint=Footprint(
+            moments=(Moment(label="1.backward", allocated_bytes=1, reserved_bytes=1),)
+        ),
+        parameters={"total": 2, "trainable": 1},
+    )
+    cases = []
+
+    def simulated(case: accuracy.Case, versions: object) -> Simulation:
+        cases.append(case)
+        return Simulation(
+            footprint=measured.footprint,
+            total_parameters=2,
+            trainable_parameters=0,
+            peak_blocks=(),
+        )
+
+    monkeypatch.setattr(accuracy, "simulated", simulated)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(measured.to_json()))
+    told = reported(tmp_path, str(file))
+
+    assert [case.gpu for case in cases] == [None]
+    assert "trains 1 of 2 parameters; measured." in markdown_of(told)
+    assert errors_in(markdown_of(told))["peak, allocated"] == 0
+
+
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return reported(tmp_path_factory.mktemp("fits"), "--fits", "--gpu", "12GB")
@@ -318,6 +390,9 @@ def test_runs_are_set_beside_predictions(tmp_path: Path) -> None:
         (["no-such-model"], "model: 'no-such-model' is unknown"),
         (["gpt2", "--rank", "0"], "rank: 0"),
         (["--validate", "nowhere.json"], "cannot be read"),
+        (["--fits", "--inference"], "--inference: True cannot be asked"),
+        (["gpt2", "--new-tokens", "8"], "give --inference as well"),
+        ([T4_RUN, "--inference"], "leave --gpu, --inference and"),
     ],
 )
 def test_bad_input_is_said_and_nothing_is_written(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from memplan import accuracy
+from memplan.allocator import AllocatorSettings
 from memplan.catalog import architecture_of
 from memplan.commands.compare import sides_of
 from memplan.commands.explain import find_run
@@ -18,11 +19,13 @@ from memplan.commands.fits import chosen_models
 from memplan.commands.options import (
     RecipeCommand,
     gpu_options,
+    inference_options,
     json_option,
     key_options,
     model_argument,
     runs_folder_option,
     take_gpu,
+    take_inference,
     take_recipe_keys,
     trust_option,
     without_compiler,
@@ -32,6 +35,7 @@ from memplan.commands.validate import compare_all, runs_at
 from memplan.errors import InputError, MissingExtraError, UnknownNameError
 from memplan.fits import DEFAULTS, ranked, ways, what_fits
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.model_source import ModelSource, read_config
 from memplan.plan import Plan
 from memplan.profile import KIND, Profile
@@ -56,6 +60,7 @@ from memplan.reporters import (
 )
 from memplan.reporters import report as reporter
 from memplan.reporters.document import Document
+from memplan.simulation import Sample
 from memplan.store import read_json
 
 OUT = "reports"
@@ -73,6 +78,7 @@ OUT = "reports"
 )
 @key_options
 @gpu_options
+@inference_options
 @runs_folder_option
 @click.option(
     "--out", default=OUT, show_default=True, metavar="DIR", help="The folder to write."
@@ -116,7 +122,12 @@ def command(  # noqa: PLR0913 - each is an option
     options["recipe_file"] = recipe_files[0] if len(recipe_files) == 1 else None
     keys, named = take_recipe_keys(options)
     gpu = take_gpu(options)
-    given = _Given(keys, gpu, Path(folder), simulates, trust_remote_code)
+    inference = take_inference(options)
+    given = _Given(keys, gpu, inference, Path(folder), simulates, trust_remote_code)
+    if inference is not None and (of_fits or of_validation or len(recipe_files) > 1):
+        problem = "cannot be asked of many at once"
+        remedy = "leave it out, or give one MODEL and one recipe"
+        raise InputError("--inference", True, problem, remedy)
     if len(recipe_files) > 1:
         _refuse_many(recipe_files, other=of_fits or of_validation)
         made = given.side_by_side(subjects, recipe_files, quiet=as_json)
@@ -150,16 +161,18 @@ def _refuse_many(recipe_files: Sequence[str], *, other: bool) -> None:
 class _Given:
     """What the options say about the one report that is asked for."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option
         self,
         keys: dict[str, Any],
         gpu: Gpu | None,
+        inference: Inference | None,
         folder: Path,
         simulates: bool | None,
         trust_remote_code: bool,
     ) -> None:
         self._keys = keys
         self._gpu = gpu
+        self._inference = inference
         self._folder = folder
         self._simulates = simulates
         self._trusts = trust_remote_code
@@ -167,8 +180,9 @@ class _Given:
     def report_on(self, name: str, *, quiet: bool) -> Report:
         """The report on a model, a plan or a run, whichever the name is of."""
         found = self._subject(name)
-        if not isinstance(found, ModelSource) and (self._keys or self._gpu):
-            remedy = "leave --gpu and the recipe's options out"
+        given = self._keys or self._gpu or self._inference
+        if not isinstance(found, ModelSource) and given:
+            remedy = "leave --gpu, --inference and the recipe's options out"
             problem = "has a recipe and a card of its own"
             raise InputError("PLAN or RUN", name, problem, remedy)
         with terminal.progress(f"Reporting on {name}", quiet=quiet), without_compiler():
@@ -181,6 +195,7 @@ class _Given:
                 recipe=Recipe.from_mapping(self._keys),
                 gpu=self._gpu,
                 versions=json.versions(),
+                inference=self._inference,
             )
             return _simulated(subject) if self._simulates else of_estimate(subject)
 
@@ -227,15 +242,24 @@ class _Given:
             recipe=case.recipe,
             gpu=case.gpu,
             versions=json.versions(),
+            inference=case.inference,
         )
-        return of_run(run, self._best(subject))
+        if case.gpu is None:
+            found = accuracy.simulated(case, subject.versions)
+            return of_run(run, of_simulation(subject, found, ()))
+        return of_run(run, self._best(subject, case.settings))
 
-    def _best(self, subject: Subject) -> Report:
-        """Simulated unless told otherwise or torch is missing, else estimated."""
+    def _best(
+        self, subject: Subject, settings: AllocatorSettings | None = None
+    ) -> Report:
+        """Simulated unless told otherwise or torch is missing, else estimated.
+
+        The estimate is of the allocator as it is by default.
+        """
         if self._simulates is False:
             return of_estimate(subject)
         try:
-            return _simulated(subject)
+            return _simulated(subject, settings)
         except MissingExtraError:
             if self._simulates:
                 raise
@@ -262,15 +286,21 @@ class _Given:
                 raise error from None
 
 
-def _simulated(subject: Subject) -> Report:
+def _simulated(subject: Subject, settings: AllocatorSettings | None = None) -> Report:
     simulator = import_simulator(subject.recipe)
     course: list[Course] = []
-    found = simulator.run(
-        subject.architecture,
-        subject.recipe,
-        subject.gpu,
-        record=lambda samples: course.append(of_samples(samples)),
-    )
+
+    def record(samples: Iterator[Sample]) -> None:
+        course.append(of_samples(samples))
+
+    model, recipe, gpu = subject.architecture, subject.recipe, subject.gpu
+    if subject.inference is None:
+        found = simulator.run(model, recipe, gpu, settings, record=record)
+    else:
+        from memplan.simulator import inference
+
+        asked = subject.inference
+        found = inference.run(model, recipe, asked, gpu, settings, record=record)
     return of_simulation(subject, found, course[0])
 
 

@@ -14,6 +14,7 @@ from memplan.estimator import Estimate
 from memplan.estimator.equations import WORDS, Share, Term, terms
 from memplan.footprint import Footprint, Moment
 from memplan.gpu import Gpu
+from memplan.inference import Inference
 from memplan.plan import Plan
 from memplan.profile import Profile
 from memplan.recipe import Recipe
@@ -29,7 +30,9 @@ LARGEST = 12
 """Tensors that are listed."""
 
 _WAYS = {"estimate": "estimate"}
-"""By kind of report: whose errors stand beside it, the simulation's where none is."""
+"""By kind of report: whose errors stand beside it, _BEST's where none is."""
+
+_BEST = "simulate"
 
 SOURCES = {
     "estimate": "estimated in closed form",
@@ -42,7 +45,7 @@ SOURCES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What is shown of one fine-tune; parts that are not known are empty."""
+    """What is shown of one fine-tune, or inference; what is not known is empty."""
 
     kind: str
     """One of SOURCES."""
@@ -67,6 +70,8 @@ class Report:
     exports: tuple[Export, ...]
     errors: Mapping[str, Range]
     """How far such predictions were from comparable measured runs, by reading."""
+    inference: Inference | None = None
+    """What is answered, where nothing is trained."""
     plan: Plan | None = None
     measured: Profile | None = None
     predicted: Footprint | None = None
@@ -76,10 +81,14 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The numbers that the report shows, for whoever reads it by a program."""
+        asked = (
+            {} if self.inference is None else {"inference": self.inference.to_json()}
+        )
         return {
             "kind": self.kind,
             "model": self.architecture.name,
             "recipe": self.recipe.to_json(),
+            **asked,
             "gpu": None if self.gpu is None else self.gpu.to_json(),
             **self.footprint.to_json(),
             "parameters": dict(self.parameters),
@@ -98,6 +107,8 @@ class Subject:
     recipe: Recipe
     gpu: Gpu | None
     versions: Mapping[str, str]
+    inference: Inference | None = None
+    """Asked for in the place of a fine-tune."""
 
 
 def of_estimate(
@@ -110,6 +121,8 @@ def of_estimate(
 
     Raises InputError for a recipe that cannot run.
     """
+    if subject.inference is not None:
+        return _of_answers(subject, subject.inference)
     found = found or _run(subject)
     return _report(
         subject,
@@ -121,6 +134,22 @@ def of_estimate(
         course=of_moments(found.footprint.moments),
         estimate=found,
         whole=whole,
+    )
+
+
+def _of_answers(subject: Subject, asked: Inference) -> Report:
+    from memplan.estimator import inference
+
+    found = inference.run(subject.architecture, subject.recipe, asked, subject.gpu)
+    return _report(
+        subject,
+        kind="estimate",
+        drawn_from="estimate",
+        footprint=found.footprint,
+        parameters=found.parameters,
+        terms=inference.inference_terms(found),
+        course=of_moments(found.footprint.moments),
+        estimate=None,
     )
 
 
@@ -172,6 +201,7 @@ def of_run(run: Profile, about: Report) -> Report:
         measured=run,
         footprint=measured,
         predicted=about.footprint,
+        parameters=run.parameters or about.parameters,
         notes=tuple(dict.fromkeys((*run.notes, *about.notes))),
     )
 
@@ -185,7 +215,9 @@ def _report(
     **parts: Any,
 ) -> Report:
     gpu, recipe, kind = subject.gpu, subject.recipe, parts["kind"]
-    model = subject.architecture
+    model, asked = subject.architecture, subject.inference
+    whole = whole and asked is None
+    errors = {} if asked else comparable_errors(recipe, gpu, _WAYS.get(kind, _BEST))
     return Report(
         architecture=model,
         recipe=recipe,
@@ -195,7 +227,8 @@ def _report(
         reach=frontier(estimate, gpu) if estimate and whole else (),
         cells=cells(estimate) if estimate and whole else (),
         exports=exports(model, recipe, gpu, footprint, kind) if whole else (),
-        errors=comparable_errors(recipe, gpu, _WAYS.get(kind, "simulate")),
+        errors=errors,
+        inference=asked and asked.settled(model, recipe),
         notes=(*(gpu.assumptions if gpu else ()), *footprint.notes),
         versions=subject.versions,
         **{"largest": (), **parts},
@@ -209,6 +242,8 @@ def _run(subject: Subject) -> Estimate:
 
 def _estimated(subject: Subject) -> Estimate | None:
     """The estimate beside a simulation; None for what only a simulation knows."""
+    if subject.inference is not None:
+        return None
     try:
         with tapes.known_only():
             return _run(subject)

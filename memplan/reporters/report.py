@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from memplan import accuracy
 from memplan.footprint import Footprint, Moment
+from memplan.inference import Inference
 from memplan.plan import Plan
 from memplan.profile import Profile, slug
 from memplan.recipe import recipe_text
@@ -29,6 +30,11 @@ ESTIMATE_ERROR = (
     "simulation's at the median, and to 3 % in nineteen of twenty."
 )
 
+INFERENCE_ERROR = (
+    "On simulated answers an estimate's allocated peak is held to 3 % of the "
+    "simulation's in nineteen of twenty."
+)
+
 
 def document(report: Report) -> Document:
     """The report's content."""
@@ -38,13 +44,17 @@ def document(report: Report) -> Document:
         verdict=sentence(report),
         fits=report.footprint.fits,
         lead=(
-            f"{headline(report.architecture, report.recipe, report.parameters)}; "
-            f"{SOURCES[report.kind]}.",
+            f"{_headline(report)}; {SOURCES[report.kind]}.",
             *_drawn_from(report),
         ),
         sections=tuple(_sections(report)),
         numbers=report.to_json(),
     )
+
+
+def _headline(report: Report) -> str:
+    asked = report.architecture, report.recipe, report.parameters, report.inference
+    return headline(*asked)
 
 
 def sentence(report: Report) -> str:
@@ -61,18 +71,20 @@ def name_of(report: Report) -> str:
     model = report.architecture.name.rpartition("/")[2].removesuffix(".json")
     card = "" if gpu is None else gpu.name
     planned = "plan" if report.plan is not None else ""
-    return slug(" ".join((model, recipe.method, quantization, card, planned)))
+    answers = "inference" if report.inference is not None else ""
+    return slug(" ".join((model, recipe.method, quantization, card, planned, answers)))
 
 
 def _title(report: Report) -> str:
     recipe = report.recipe
     on = "" if recipe.quantization == "none" else f" on {recipe.quantization}"
     card = "" if report.gpu is None else f", {report.gpu.name}"
-    return f"{report.architecture.name}: {recipe.method}{on}{card}"
+    what = recipe.method if report.inference is None else f"inference, {recipe.method}"
+    return f"{report.architecture.name}: {what}{on}{card}"
 
 
 def _drawn_from(report: Report) -> Iterator[str]:
-    if report.kind == report.drawn_from:
+    if report.kind == report.drawn_from or not report.course:
         return
     yield f"The pictures are of its {report.drawn_from}."
 
@@ -101,13 +113,13 @@ def _sections(report: Report) -> Iterator[Section]:
 
 
 def memory_section(report: Report) -> Section:
-    """Memory through load and steps, and the peak of each moment."""
+    """Memory through load and what follows, and the peak of each moment."""
     rows = [
         (moment.label, *map(_read, _peaks(moment)))
         for moment in report.footprint.moments
     ]
     return Section(
-        title="Memory over the step",
+        title=memory.title(report),
         figure=memory.figure(report) if report.course else None,
         table=Table(
             columns=("moment", "allocated", "reserved"),
@@ -304,6 +316,8 @@ def _equations(report: Report) -> Section:
 
 
 def _accuracy(report: Report) -> Section:
+    if report.inference is not None:
+        return Section(title="How far off", words=(INFERENCE_ERROR,))
     if not report.errors:
         none = (
             "No run of this method and quantisation was measured on a card of the same "
@@ -341,12 +355,15 @@ def _to_copy(report: Report) -> Section:
     ]
     return Section(
         title="To copy",
-        words=(
-            "What this was made with, and the files of trainers that can run it; "
-            "`memplan export` writes them, and checks them with torch.",
-        ),
+        words=(_MADE_WITH if files else "What this was made with.",),
         code=(Code(name="Commands", text=commands(report)), recipe, *files),
     )
+
+
+_MADE_WITH = (
+    "What this was made with, and the files of trainers that can run it; "
+    "`memplan export` writes them, and checks them with torch."
+)
 
 
 def commands(report: Report) -> str:
@@ -354,6 +371,9 @@ def commands(report: Report) -> str:
     model = shlex.quote(report.architecture.name)
     card = "" if report.gpu is None else f" --gpu {shlex.quote(report.gpu.name)}"
     asked = f"{model} --recipe recipe.yaml"
+    if report.inference is not None:
+        asked += f" {_options(report.inference)}{card}"
+        return f"memplan estimate {asked}\nmemplan simulate {asked} --top 10\n"
     lines = [
         f"memplan estimate {asked}{card}",
         f"memplan simulate {asked}{card} --top 10",
@@ -361,6 +381,19 @@ def commands(report: Report) -> str:
         f"memplan export recipe.yaml --model {model} --to trl --out train",
     ]
     return "".join(f"{line}\n" for line in lines if line)
+
+
+def _options(inference: Inference) -> str:
+    """How a command is asked for it."""
+    options = {
+        "new-tokens": inference.num_tokens,
+        "adapters": inference.adapters,
+        "sampling": inference.sampling,
+        "cache": inference.cache,
+    }
+    return " ".join(
+        ("--inference", *(f"--{name} {value}" for name, value in options.items()))
+    )
 
 
 def assumptions_section(report: Report) -> Section:

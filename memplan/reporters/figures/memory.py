@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 Pair = tuple[float, float]
 
 
+def title(report: Report) -> str:
+    """What the picture is of."""
+    return f"Memory {'over the step' if report.inference is None else 'to the answer'}"
+
+
 def figure(report: Report) -> Figure:
     """Each moment takes the same width; within it, events from left to right."""
     peak = report.footprint.peak
+    through = "adaptation and two steps" if report.inference is None else "the answers"
     return Figure(
         name="memory",
-        title="Memory over the step",
-        words=f"Allocated memory by category through load, adaptation and two steps; "
-        f"the most is {format_bytes(peak.allocated_bytes)}, in {peak.label}.",
+        title=title(report),
+        words=f"Allocated memory by category through load and {through}; the most is "
+        f"{format_bytes(peak.allocated_bytes)}, in {peak.label}.",
         svg=drawn(lambda axes: _draw(axes, report), 3.6, _EDGES),
     )
 
