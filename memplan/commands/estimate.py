@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,8 @@ from memplan.commands.options import (
     trust_option,
 )
 from memplan.errors import InputError
-from memplan.estimator.equations import terms
+from memplan.estimator import Estimate
+from memplan.estimator.equations import Term, terms
 from memplan.estimator.limits import Limits, limits
 from memplan.gpu import Gpu
 from memplan.inference import Inference
@@ -32,10 +34,11 @@ from memplan.recipe import Recipe
 from memplan.reporters import estimate as reporter
 from memplan.reporters import json
 from memplan.reporters.footprint import report_notes, report_residuals
-from memplan.residuals import comparable_errors
+from memplan.residuals import Range, comparable_errors
 
 if TYPE_CHECKING:
     from memplan.batching import Batch
+    from memplan.estimator.inference import InferenceEstimate
     from memplan.lengths import Lengths
 
 
@@ -66,93 +69,113 @@ def command(
     gpu = take_gpu(options)
     inference = take_inference(options)
     architecture = asked_architecture(model, named, trust_remote_code=trust_remote_code)
-    if inference is not None:
-        _refuse_lengths(lengths_file)
-        return _answer(architecture, recipe, inference, gpu, explain, as_json)
-    found = lengths_of(lengths_file, architecture.name, keys)
-    made: Sequence[Batch] = ()
-    of_lengths: dict[str, Any] = {}
-    if found is not None:
-        from memplan import batching
-
-        recipe = batching.longest_batch(recipe, found, padded=keys.get("padded"))
-        made = batching.batches(architecture, recipe, gpu, found)
-        of_lengths = {"lengths": batching.lengths_json(found, made)}
-    estimate = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
-    room = None if gpu is None else limits(estimate, gpu)
-    footprint = estimate.footprint
-    listed = terms(estimate)
-    errors = comparable_errors(recipe, gpu, "estimate")
-    if as_json:
-        json.print_object(
-            json.footprint_object(
-                "estimate",
-                architecture.name,
-                recipe,
-                gpu,
-                footprint,
-                estimate.parameters,
-            )
-            | {
-                "margin_bytes": footprint.margin_bytes,
-                "limits": None if room is None else room.to_json(),
-                "terms": [term.to_json() for term in listed],
-                "residuals": json.residuals(errors),
-            }
-            | of_lengths
-        )
+    if inference is None:
+        found = lengths_of(lengths_file, architecture.name, keys)
+        told = _training(architecture, recipe, gpu, found, keys.get("padded"))
     else:
-        reporter.report(architecture, recipe, gpu, estimate, listed)
-        if explain:
-            reporter.report_equations(listed)
-        _report_rest(architecture, recipe, room, found, made)
-        if gpu is not None:
-            report_residuals(recipe, gpu, errors)
-        report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
-    return 1 if footprint.fits is False else 0
+        _refuse_lengths(lengths_file)
+        told = _answers(architecture, recipe, inference, gpu)
+    if as_json:
+        json.print_object(_object(architecture, gpu, told))
+    else:
+        _print(architecture, gpu, told, explain=explain)
+    return 1 if told.estimate.footprint.fits is False else 0
 
 
-def _answer(  # noqa: PLR0913 - each is a part of what is asked and told
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Told:
+    """What is told of an estimate."""
+
+    recipe: Recipe
+    estimate: Estimate | InferenceEstimate
+    terms: tuple[Term, ...]
+    room: Limits | None
+    inference: Inference | None = None
+    errors: Mapping[str, Range] | None = None
+    """Those of comparable runs; None for inference, of which few were measured."""
+    lengths: Lengths | None = None
+    batches: Sequence[Batch] = ()
+
+
+def _training(
     architecture: Architecture,
     recipe: Recipe,
-    inference: Inference,
     gpu: Gpu | None,
-    explain: bool,
-    as_json: bool,
-) -> int:
-    """Estimates and prints inference; the exit code."""
+    lengths: Lengths | None,
+    padded: bool | None,
+) -> _Told:
+    made: Sequence[Batch] = ()
+    if lengths is not None:
+        from memplan import batching
+
+        recipe = batching.longest_batch(recipe, lengths, padded=padded)
+        made = batching.batches(architecture, recipe, gpu, lengths)
+    estimate = estimator.replayed(estimator.run(architecture, recipe, gpu), gpu)
+    return _Told(
+        recipe=recipe,
+        estimate=estimate,
+        terms=terms(estimate),
+        room=None if gpu is None else limits(estimate, gpu),
+        errors=comparable_errors(recipe, gpu, "estimate"),
+        lengths=lengths,
+        batches=made,
+    )
+
+
+def _answers(
+    architecture: Architecture, recipe: Recipe, inference: Inference, gpu: Gpu | None
+) -> _Told:
     from memplan.estimator import inference as closed_form
 
     estimate = closed_form.run(architecture, recipe, inference, gpu)
-    inference = estimate.parts.inference
-    room = None if gpu is None else closed_form.limits(estimate, gpu)
-    footprint = estimate.footprint
-    listed = closed_form.inference_terms(estimate)
-    if as_json:
-        json.print_object(
-            json.footprint_object(
-                "estimate",
-                architecture.name,
-                recipe,
-                gpu,
-                footprint,
-                estimate.parameters,
-                inference,
-            )
-            | {
-                "margin_bytes": footprint.margin_bytes,
-                "limits": None if room is None else room.to_json(),
-                "terms": [term.to_json() for term in listed],
-            }
-        )
-    else:
-        reporter.report(architecture, recipe, gpu, estimate, listed, inference)
-        if explain:
-            reporter.report_equations(listed)
-        if room is not None:
-            reporter.report_limits(architecture, recipe, room)
-        report_notes((*(gpu.assumptions if gpu else ()), *footprint.notes))
-    return 1 if footprint.fits is False else 0
+    return _Told(
+        recipe=recipe,
+        estimate=estimate,
+        terms=closed_form.inference_terms(estimate),
+        room=None if gpu is None else closed_form.limits(estimate, gpu),
+        inference=estimate.parts.inference,
+    )
+
+
+def _object(architecture: Architecture, gpu: Gpu | None, told: _Told) -> dict[str, Any]:
+    """The object that is printed."""
+    estimate = told.estimate
+    shown = json.footprint_object(
+        "estimate",
+        architecture.name,
+        told.recipe,
+        gpu,
+        estimate.footprint,
+        estimate.parameters,
+        told.inference,
+    ) | {
+        "margin_bytes": estimate.footprint.margin_bytes,
+        "limits": None if told.room is None else told.room.to_json(),
+        "terms": [term.to_json() for term in told.terms],
+    }
+    if told.errors is not None:
+        shown["residuals"] = json.residuals(told.errors)
+    if told.lengths is not None:
+        from memplan import batching
+
+        shown["lengths"] = batching.lengths_json(told.lengths, told.batches)
+    return shown
+
+
+def _print(
+    architecture: Architecture, gpu: Gpu | None, told: _Told, *, explain: bool
+) -> None:
+    estimate, recipe = told.estimate, told.recipe
+    reporter.report(architecture, recipe, gpu, estimate, told.terms, told.inference)
+    if explain:
+        reporter.report_equations(told.terms)
+    if told.room is not None:
+        reporter.report_limits(architecture, recipe, told.room)
+    if told.lengths is not None:
+        reporter.report_lengths(told.lengths, recipe, told.batches)
+    if gpu is not None and told.errors is not None:
+        report_residuals(recipe, gpu, told.errors)
+    report_notes((*(gpu.assumptions if gpu else ()), *estimate.footprint.notes))
 
 
 def _refuse_lengths(lengths_file: str | None) -> None:
@@ -163,16 +186,3 @@ def _refuse_lengths(lengths_file: str | None) -> None:
             "is of training's batches",
             "leave it out, or --inference",
         )
-
-
-def _report_rest(
-    architecture: Architecture,
-    recipe: Recipe,
-    room: Limits | None,
-    found: Lengths | None,
-    made: Sequence[Batch],
-) -> None:
-    if room is not None:
-        reporter.report_limits(architecture, recipe, room)
-    if found is not None:
-        reporter.report_lengths(found, recipe, made)
