@@ -19,7 +19,11 @@ from memplan.errors import InputError
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
-from memplan.estimator.experts import adapts_experts
+from memplan.estimator.experts import (
+    adapted_parameters,
+    adapts_experts,
+    check_experts,
+)
 from memplan.estimator.layout import Group, Layout, Role, layout_of
 from memplan.estimator.limits import (
     LARGEST_BATCH,
@@ -54,9 +58,9 @@ HALF_BYTES = 2
 SCORE_BYTES = 4
 """Of a score of the eager path's attention, in float32."""
 
-ADAPTERS_READ = 2
-"""Adapters on the card while they are loaded: the file's, and those they go into
-(peft.PeftModel.load_adapter)."""
+LOADED_DTYPE = "float32"
+"""What PEFT makes of half-precision adapters as it loads them
+(peft.tuners.tuners_utils, `cast_adapter_dtype`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +81,8 @@ class PassedGroup:
     tape: BlockTape
     linears: tuple[PassedLinear, ...]
     cached: CachedLayer
+    rank: int
+    """Of adapted experts, whose tape it is in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,8 @@ class InferenceParts:
     groups: tuple[PassedGroup, ...]
     weights: WeightBytes
     adapters: int
+    adapter_file: int
+    """Of the adapters as they were saved, which are read beside those they go into."""
     workspace: int
 
 
@@ -137,7 +145,8 @@ def run(
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
-    _refuse_experts(architecture, loaded)
+    if adapted:
+        check_experts(architecture, loaded)
     card = gpu or find_gpu(UNNAMED_CARD)
     parts = parts_of(architecture, loaded, inference, card)
     footprint = Footprint(
@@ -147,18 +156,6 @@ def run(
         notes=(*notes, WITHOUT_CACHE),
     )
     return InferenceEstimate(footprint=footprint, parts=parts)
-
-
-def _refuse_experts(architecture: Architecture, recipe: Recipe) -> None:
-    """Raises InputError for adapters on experts, of whose passes no tape is kept."""
-    if adapts_experts(architecture, recipe):
-        raise InputError(
-            "targets",
-            recipe.targets,
-            f"adapts the stacked experts of {architecture.name}, whose answers the "
-            "estimate does not know",
-            "use `memplan simulate`, or targets attention",
-        )
 
 
 def _refuse_static(inference: Inference) -> None:
@@ -172,10 +169,18 @@ def parts_of(
     architecture: Architecture, recipe: Recipe, inference: Inference, gpu: Gpu
 ) -> InferenceParts:
     """The parts of inference; reads its tapes, and traces those that are missing."""
+    held = dataclasses.replace(recipe, adapter_dtype=LOADED_DTYPE)
     # A checkpoint's first forward keeps nothing for backward, as one without autograd.
-    passing = dataclasses.replace(recipe, method="lora", checkpointing="full")
+    passing = dataclasses.replace(held, method="lora", checkpointing="full")
     first = tapes.model_tape(architecture, first_regime(passing))
-    regime = model_regime(passing, gpu, first.attention, first.window)
+    beside = inference.adapters == SEPARATE
+    regime = model_regime(
+        passing,
+        gpu,
+        first.attention,
+        first.window,
+        experts=beside and adapts_experts(architecture, recipe),
+    )
     tape = tapes.model_tape(architecture, regime)
     plain = {
         path: is_plain
@@ -183,9 +188,7 @@ def parts_of(
         for path, is_plain in zip(block.holes, block.plain, strict=True)
     }
     layout = layout_of(architecture, recipe, plain)
-    beside = layout if inference.adapters == SEPARATE else _without_adapters(layout)
     stack = architecture.main_stack
-    tensors = trained(architecture, layout, recipe, stack)
     kinds = [block for block in architecture.blocks if block.stack == stack]
     cached = tapes.cache_tape(architecture).layers
     item = DTYPE_BYTES[recipe.dtype]
@@ -199,17 +202,25 @@ def parts_of(
         tape=tape,
         heads=first.attention,
         groups=tuple(
-            _group(group, tape.blocks[kind], _share(cached[kind], group, item), recipe)
-            for group in beside.groups
+            _group(group, tape.blocks[kind], _share(cached[kind], group, item), held)
+            for group in (layout if beside else _without_adapters(layout)).groups
             if group.block.stack == stack
             for kind in [kinds.index(group.block)]
         ),
         weights=weight_bytes(architecture, layout, recipe),
-        adapters=(
-            0 if inference.adapters == NONE else adapter_bytes(layout, recipe, tensors)
-        ),
+        adapters=_adapter_bytes(architecture, layout, held, inference),
+        adapter_file=_adapter_bytes(architecture, layout, recipe, inference),
         workspace=workspace_bytes(gpu) + (LT_WORKSPACE_BYTES if biased else 0),
     )
+
+
+def _adapter_bytes(
+    architecture: Architecture, layout: Layout, recipe: Recipe, inference: Inference
+) -> int:
+    if inference.adapters == NONE:
+        return 0
+    tensors = trained(architecture, layout, recipe, architecture.main_stack)
+    return adapter_bytes(layout, recipe, tensors)
 
 
 def _without_adapters(layout: Layout) -> Layout:
@@ -264,7 +275,9 @@ def _group(
                 rank=role.rank,
             )
         )
-    return PassedGroup(tape=tape, linears=tuple(linears), cached=cached)
+    return PassedGroup(
+        tape=tape, linears=tuple(linears), cached=cached, rank=recipe.rank
+    )
 
 
 def _flag(recipe: Recipe) -> str | None:
@@ -322,7 +335,7 @@ def layer_peak(group: PassedGroup, batch: int, tokens: int) -> Any:
     Its input is counted: the caller holds that until the layer returns, and the
     embeddings, which `start` has, until the last one does.
     """
-    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    sizes = Sizes({"": 1, "B": batch, "T": tokens, "r": group.rank})
     count = batch * tokens
     live: Any = 0
     peak: Any = 0
@@ -443,23 +456,32 @@ def chosen_bytes(parts: InferenceParts, batch: int, *, later: bool) -> int:
 
 
 def merge_bytes(parts: InferenceParts) -> int:
-    """What merging the largest adapted layer of i x o numbers holds besides.
+    """What merging the largest of the adapted weights holds besides."""
+    recipe = parts.recipe
+    found = [
+        _merged_bytes(role.linear.num_weights, recipe, quantized=role.quantized)
+        for role, _ in parts.layout.linears
+        if role.adapted
+    ]
+    if adapts_experts(parts.architecture, recipe):
+        found += [
+            _merged_bytes(parameter.num_parameters, recipe, quantized=False)
+            for group in parts.layout.groups
+            for parameter in adapted_parameters(group.block, recipe)
+        ]
+    return max(found, default=0)
 
-    B A and its scaled copy in the adapters' precision; beside quantised weights, the
-    dequantised weight, its sum with these, and the sum's copy that is quantised again
-    (peft.tuners.lora.bnb, `merge`).
+
+def _merged_bytes(numbers: int, recipe: Recipe, *, quantized: bool) -> int:
+    """B A and its scaled copy in float32, for a weight or a stack of them.
+
+    Beside a quantised weight there are the dequantised weight, its sum with these, and
+    the sum's copy that is quantised again (peft.tuners.lora.bnb, `merge`).
     """
-    largest = max(
-        (role.linear.num_weights for role, _ in parts.layout.linears if role.adapted),
-        default=0,
-    )
-    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
-    if parts.recipe.quantization == "none":
-        return 2 * item * largest
-    scheme = quantizations.find(parts.recipe.quantization)
-    again = sum(scheme.stored_bytes(largest, 1))
-    loaded = DTYPE_BYTES[parts.recipe.dtype]
-    return (3 * item + loaded) * largest + again
+    if not quantized:
+        return 2 * FLOAT_BYTES * numbers
+    again = sum(quantizations.find(recipe.quantization).stored_bytes(numbers, 1))
+    return (3 * FLOAT_BYTES + DTYPE_BYTES[recipe.dtype]) * numbers + again
 
 
 def prefill_points(parts: InferenceParts) -> Iterator[Point]:
@@ -523,7 +545,7 @@ def _moments(parts: InferenceParts) -> Iterator[Moment]:
     load = Point(activations=parts.weights.load_peak - parts.weights.total)
     yield _moment(parts, "load", load, adapters=0, workspace=0)
     if parts.inference.adapters != NONE:
-        read = ADAPTERS_READ * adapters
+        read = parts.adapter_file + adapters
         yield _moment(parts, "adapt", Point(activations=0), adapters=read, workspace=0)
     if parts.inference.adapters == MERGED:
         merging = Point(activations=merge_bytes(parts))
@@ -646,8 +668,8 @@ def _told_adapters(parts: InferenceParts) -> Iterator[Share]:
         for role, n in parts.layout.linears
         if role.adapted
     )
-    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
-    yield Share(text=f"{count:,} numbers x {item} B", num_bytes=count * item)
+    text = f"{count:,} numbers x {FLOAT_BYTES} B"
+    yield Share(text=text, num_bytes=count * FLOAT_BYTES)
 
 
 _TOLD: dict[str, Callable[[InferenceParts], Iterator[Share]]] = {
