@@ -66,6 +66,10 @@ class Inference:
             cache=self.cache,
         )
 
+    def room(self, recipe: Recipe) -> int:
+        """Tokens that a static cache is made for: the last one is not read again."""
+        return recipe.sequence_length + self.num_tokens - 1
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What it takes for granted."""

@@ -22,11 +22,11 @@ from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator import inference
-from memplan.estimator.regimes import first_regime
+from memplan.estimator.regimes import drops_out, first_regime
 from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
 from memplan.gpu import Gpu, find_gpu
-from memplan.inference import Inference, loaded_as
+from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
 
 CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
@@ -86,23 +86,34 @@ def inference_recipes() -> Iterator[dict[str, Any]]:
     """The keys of recipes under which tuned models answer."""
     methods = [name for name in registry.names("methods") if name != "peft"]
     quantizations = ("none", "nf4", "nf4-double", "int8")
-    for method, quantization, dtype, adapter_dtype in itertools.product(
-        methods,
-        quantizations,
-        ("bfloat16", "float16", "float32"),
-        ("float32", "bfloat16"),
+    dtypes = ("bfloat16", "float16", "float32")
+    for method, quantization, dtype in itertools.product(
+        methods, quantizations, dtypes
     ):
         yield {
             "method": method,
             "quantization": quantization,
             "dtype": dtype,
-            "adapter_dtype": adapter_dtype,
             "targets": "mlp",
         }
 
 
-def make_inference() -> None:
-    """Traces and writes what answering needs: linear layers, and every cache."""
+def answering_recipes() -> Iterator[dict[str, Any]]:
+    """The keys of recipes that decide how a model without adapters answers."""
+    for dtype, attention in itertools.product(
+        ("bfloat16", "float16", "float32"), ("auto", "eager")
+    ):
+        yield {"dtype": dtype, "attention": attention}
+
+
+def make_inference(names: list[str]) -> None:
+    """Traces and writes what answering needs: linear layers, and every cache.
+
+    With names, only how these models read prompts.
+    """
+    if names:
+        make_answering(names)
+        return
     card = find_gpu(CARDS[0])
     for name, keys in itertools.product(LAYER_MODELS, inference_recipes()):
         with contextlib.suppress(InputError):
@@ -117,6 +128,30 @@ def make_inference() -> None:
             print(f"{model.architecture.name} cannot be traced", file=sys.stderr)
     path = tapes.shipped_path(tapes.INFERENCE)
     tapes.write(path, tapes.inference_file().lines)
+    make_answering(names)
+
+
+def make_answering(names: list[str]) -> None:
+    """Traces and writes how models read prompts that drop out while they are trained.
+
+    Others answer as they pass through a checkpoint, whose tapes are there.
+    """
+    asked = Inference(adapters=NONE)
+    for model in catalog_models():
+        architecture = model.architecture
+        is_asked = architecture.generative and drops_out(architecture)
+        if not is_asked or (names and architecture.name not in names):
+            continue
+        first = tapes.model_tape(architecture, first_regime(Recipe()))
+        lengths = (512, LONG) if first.window else (512,)
+        for card, keys, length in itertools.product(
+            CARDS, answering_recipes(), lengths
+        ):
+            with contextlib.suppress(InputError):
+                recipe = loaded_as(Recipe(**keys, sequence_length=length))
+                inference.parts_of(architecture, recipe, asked, find_gpu(card))
+        path = tapes.shipped_path(tapes.name_of(architecture))
+        tapes.write(path, tapes.file_of(architecture).lines)
 
 
 def main(names: list[str]) -> None:
@@ -170,10 +205,10 @@ def make_layers() -> None:
 
 
 if __name__ == "__main__":
+    named = [name for name in sys.argv[1:] if not name.startswith("--")]
     if "--inference" in sys.argv:
-        make_inference()
-        sys.exit()
-    if "--layers" in sys.argv:
+        make_inference(named)
+    elif "--layers" in sys.argv:
         make_layers()
     else:
-        main([name for name in sys.argv[1:] if not name.startswith("--")])
+        main(named)

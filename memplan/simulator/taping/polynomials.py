@@ -27,19 +27,30 @@ LENGTH_PRIMES = (127, 61)
 ROUNDED_LENGTH = 1024
 """The first of the lengths, rounded up as kernels do that work in tiles."""
 
+ROOMS = {"L": (1046, 523), "P": (1048, 131)}
+"""Tokens that a static cache has room for, above the LENGTHS, with a prime that tells
+it; and as many as a row of its mask has, where that is padded to a multiple of 8."""
+
 LARGE_BYTES = 2**12
 """Bytes a sequence from which on a size that shows no length is asked again."""
 
 
-def sizes_in_batch(first: EventLog, second: EventLog | None = None) -> list[Polynomial]:
+def sizes_in_batch(
+    first: EventLog, second: EventLog | None = None, *, has_room: bool = False
+) -> list[Polynomial]:
     """Sizes of blocks in B, T and the rank r, from a run with each of the LENGTHS.
+
+    `has_room`: and in L and P, where a static cache has room for more.
 
     A kernel's scratch is often as long as the sequence rounded up, which no prime
     shows; how it grows from one run to the other does. Where a loop over parts of the
     sequence makes more blocks in one run than in the other, each is its share of it.
     """
     length = (LENGTHS[0], LENGTH_PRIMES[0])
-    dimensions = Dimensions({"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)})
+    rooms = ROOMS if has_room else {}
+    dimensions = Dimensions(
+        {"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)} | rooms
+    )
     sizes = [dimensions.monomial(size) for size in first.sizes]
     if second is None:
         return sizes
@@ -73,7 +84,7 @@ def hides_length(num_bytes: int) -> bool:
 
 def _hides_length(size: Polynomial) -> bool:
     return any(
-        "T" not in word and "r" not in word and c >= LARGE_BYTES
+        not {*word} & {"T", "r", *ROOMS} and c >= LARGE_BYTES
         for word, c in size.items()
     )
 
