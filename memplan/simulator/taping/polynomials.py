@@ -51,7 +51,7 @@ def sizes_in_batch(
     dimensions = Dimensions(
         {"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)} | rooms
     )
-    sizes = [dimensions.monomial(size) for size in first.sizes]
+    sizes = [_with_sink(dimensions.monomial(size)) for size in first.sizes]
     if second is None:
         return sizes
     others = _alike(second)
@@ -67,6 +67,20 @@ def sizes_in_batch(
                 pair = first.sizes[block], second.sizes[seconds[number]]
                 sizes[block] = _in_rounded_length(*pair)
     return sizes
+
+
+def _with_sink(size: Polynomial) -> Polynomial:
+    """Scores of T tokens and a sink, which models join to them: T + 1 of each of T.
+
+    Likewise of L tokens, where these are a static cache's.
+    """
+    lengths = {"T": LENGTHS[0], "L": ROOMS["L"][0]}
+    for word, coefficient in size.items():
+        for letter, length in lengths.items():
+            each, rest = divmod(coefficient, length + 1)
+            if "T" in word and not rest:
+                return {word + letter: each, word: each}
+    return size
 
 
 def _alike(log: EventLog) -> dict[tuple[str, str], list[int]]:
