@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 os.environ["MEMPLAN_CACHE"] = "off"
@@ -25,6 +25,7 @@ from memplan.estimator import inference
 from memplan.estimator.regimes import drops_out, first_regime
 from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
+from memplan.generation import DYNAMIC, STATIC
 from memplan.gpu import Gpu, find_gpu
 from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
@@ -41,6 +42,8 @@ LAYER_MODELS = (
     "tiiuae/falcon-7b",
 )
 """Models whose linear layers have no bias, have one, and are not quantised."""
+
+UNTRACEABLE = (InputError, AttributeError, RuntimeError, TypeError, ValueError)
 
 LONG = 2**18
 """A sequence longer than any window."""
@@ -124,7 +127,7 @@ def make_inference(names: list[str]) -> None:
             continue
         try:
             tapes.cache_tape(model.architecture)
-        except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
+        except UNTRACEABLE:
             print(f"{model.architecture.name} cannot be traced", file=sys.stderr)
     path = tapes.shipped_path(tapes.INFERENCE)
     tapes.write(path, tapes.inference_file().lines)
@@ -132,26 +135,42 @@ def make_inference(names: list[str]) -> None:
 
 
 def make_answering(names: list[str]) -> None:
-    """Traces and writes how models read prompts that drop out while they are trained.
+    """Traces and writes how models read prompts otherwise than while they are trained.
 
-    Others answer as they pass through a checkpoint, whose tapes are there.
+    Those do that drop out there; and, into a static cache, those with windows, which
+    prompts may be shorter than, and those that have eager attention alone.
     """
-    asked = Inference(adapters=NONE)
     for model in catalog_models():
         architecture = model.architecture
-        is_asked = architecture.generative and drops_out(architecture)
-        if not is_asked or (names and architecture.name not in names):
+        if not architecture.generative or (names and architecture.name not in names):
             continue
-        first = tapes.model_tape(architecture, first_regime(Recipe()))
+        with contextlib.suppress(*UNTRACEABLE):
+            _make_answering(architecture)
+
+
+def _make_answering(architecture: Architecture) -> None:
+    first = tapes.model_tape(architecture, first_regime(Recipe()))
+    if drops_out(architecture):
         lengths = (512, LONG) if first.window else (512,)
-        for card, keys, length in itertools.product(
-            CARDS, answering_recipes(), lengths
-        ):
-            with contextlib.suppress(InputError):
-                recipe = loaded_as(Recipe(**keys, sequence_length=length))
-                inference.parts_of(architecture, recipe, asked, find_gpu(card))
-        path = tapes.shipped_path(tapes.name_of(architecture))
-        tapes.write(path, tapes.file_of(architecture).lines)
+        _trace_answers(architecture, answering_recipes(), lengths, DYNAMIC)
+    if first.window or not first.attention:
+        whole = ({"dtype": dtype} for dtype in ("bfloat16", "float16", "float32"))
+        _trace_answers(architecture, whole, (first.window or 512,), STATIC)
+    path = tapes.shipped_path(tapes.name_of(architecture))
+    tapes.write(path, tapes.file_of(architecture).lines)
+
+
+def _trace_answers(
+    architecture: Architecture,
+    keys: Iterable[dict[str, Any]],
+    lengths: tuple[int, ...],
+    cache: str,
+) -> None:
+    asked = Inference(adapters=NONE, cache=cache)
+    for told, card, length in itertools.product(keys, CARDS, lengths):
+        with contextlib.suppress(InputError):
+            recipe = loaded_as(Recipe(**told, sequence_length=length))
+            inference.parts_of(architecture, recipe, asked, find_gpu(card))
 
 
 def main(names: list[str]) -> None:
@@ -173,7 +192,7 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
     """Traces and writes a model's tapes; whether it can be traced at all."""
     try:
         first = tapes.model_tape(architecture, first_regime(Recipe()))
-    except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
+    except UNTRACEABLE:
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
