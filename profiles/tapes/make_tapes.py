@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["MEMPLAN_CACHE"] = "off"
@@ -22,6 +22,7 @@ from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator import inference
+from memplan.estimator.experts import adapts_experts
 from memplan.estimator.regimes import drops_out, first_regime
 from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
@@ -101,11 +102,11 @@ def inference_recipes() -> Iterator[dict[str, Any]]:
         }
 
 
-def answering_recipes() -> Iterator[dict[str, Any]]:
+def answering_recipes(*, eager: bool) -> Iterator[dict[str, Any]]:
     """The keys of recipes that decide how a model without adapters answers."""
-    for dtype, attention in itertools.product(
-        ("bfloat16", "float16", "float32"), ("auto", "eager")
-    ):
+    kernels = ("auto", "eager") if eager else ("auto",)
+    dtypes = ("bfloat16", "float16", "float32")
+    for dtype, attention in itertools.product(dtypes, kernels):
         yield {"dtype": dtype, "attention": attention}
 
 
@@ -137,8 +138,9 @@ def make_inference(names: list[str]) -> None:
 def make_answering(names: list[str]) -> None:
     """Traces and writes how models read prompts otherwise than while they are trained.
 
-    Those do that drop out there; and, into a static cache, those with windows, which
-    prompts may be shorter than, and those that have eager attention alone.
+    Those do that drop out there, or whose experts are adapted; and, into a static
+    cache, those with windows, which prompts may be shorter than, and those that have
+    eager attention alone.
     """
     for model in catalog_models():
         architecture = model.architecture
@@ -150,24 +152,23 @@ def make_answering(names: list[str]) -> None:
 
 def _make_answering(architecture: Architecture) -> None:
     first = tapes.model_tape(architecture, first_regime(Recipe()))
-    if drops_out(architecture):
-        lengths = (512, LONG) if first.window else (512,)
-        _trace_answers(architecture, answering_recipes(), lengths, DYNAMIC)
-    if first.window or not first.attention:
-        whole = ({"dtype": dtype} for dtype in ("bfloat16", "float16", "float32"))
-        _trace_answers(architecture, whole, (first.window or 512,), STATIC)
+    lengths = (512, LONG) if first.window else (512,)
+    if drops_out(architecture) or adapts_experts(architecture, Recipe()):
+        _trace_answers(architecture, lengths, DYNAMIC)
+    windows = (first.window,) if first.window else ()
+    if windows or not first.attention:
+        own = windows if first.attention else (*lengths, *windows)
+        _trace_answers(architecture, own, STATIC)
     path = tapes.shipped_path(tapes.name_of(architecture))
     tapes.write(path, tapes.file_of(architecture).lines)
 
 
 def _trace_answers(
-    architecture: Architecture,
-    keys: Iterable[dict[str, Any]],
-    lengths: tuple[int, ...],
-    cache: str,
+    architecture: Architecture, lengths: tuple[int, ...], cache: str
 ) -> None:
     asked = Inference(adapters=NONE, cache=cache)
-    for told, card, length in itertools.product(keys, CARDS, lengths):
+    recipes = answering_recipes(eager=cache == DYNAMIC)
+    for told, card, length in itertools.product(recipes, CARDS, lengths):
         with contextlib.suppress(InputError):
             recipe = loaded_as(Recipe(**told, sequence_length=length))
             inference.parts_of(architecture, recipe, asked, find_gpu(card))
