@@ -141,6 +141,11 @@ def answering_regime(  # noqa: PLR0913 - each decides how prompts are read
             answers = STATIC_WINDOW
         elif recipe.padded or regime.attention == "eager":
             answers = STATIC
+    masks = regime.padded or regime.windowed or answers in (STATIC, STATIC_WINDOW)
+    kernels_run = {_attention(passing, gpu, (one,))[0] for one in first.attention}
+    if not masks and "efficient" not in kernels_run and regime.card != TURING:
+        # The forward of other kernels takes the same on every card of these.
+        regime = dataclasses.replace(regime, card="")
     if not answers:
         return regime
     return dataclasses.replace(regime, checkpointed=False, answers=answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import inference_report
 import pytest
 
 from memplan import tapes
-from memplan.catalog import inspect
+from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError, MissingExtraError
 from memplan.estimator import inference as closed_form
-from memplan.generation import SAMPLINGS, STATIC
+from memplan.generation import CACHES, SAMPLINGS, STATIC
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
@@ -154,6 +155,11 @@ def test_choosing_a_token_is_estimated_as_it_is_simulated(
         assert one.allocated_bytes - weights == pytest.approx(
             other.allocated_bytes - weights, rel=BAR, abs=2**20
         )
+
+
+def test_a_static_cache_of_a_model_without_positions_for_it_is_refused() -> None:
+    with pytest.raises(InputError, match="leave it out"):
+        run("bigscience/bloom-560m", Inference(cache=STATIC))
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
@@ -315,6 +321,25 @@ def _judged(
     pytest.importorskip("torch")
     row = {"model": model, "gpu": card, "recipe": keys, "inference": asked}
     return inference_report.judge(inference_report.simulate(row))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_model_of_the_catalog_answers_by_shipped_tapes(cache: str) -> None:
+    def refuse(architecture: object) -> None:
+        raise MissingExtraError("tracing", "torch", "torch")
+
+    cards = {"A100-SXM4-80GB": "bfloat16", "H100": "bfloat16", "T4": "float16"}
+    with mock.patch.object(tapes, "_taping", refuse):
+        for model in catalog_models():
+            architecture = model.architecture
+            # Whose cache cannot be static.
+            if not architecture.generative or architecture.model_type == "bloom":
+                continue
+            for (card, dtype), adapters in itertools.product(cards.items(), ADAPTERS):
+                inference = Inference(cache=cache, adapters=adapters)
+                closed_form.run(
+                    architecture, Recipe(dtype=dtype), inference, find_gpu(card)
+                )
 
 
 def test_no_torch_is_imported() -> None:
