@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import checks, kernels, methods, quantizations, tapes
+from memplan import checks, kernels, quantizations, tapes
 from memplan.architecture import Architecture
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
@@ -713,12 +713,10 @@ def _told_cache(parts: InferenceParts) -> Iterator[Share]:
 
 
 def _told_adapters(parts: InferenceParts) -> Iterator[Share]:
-    method = methods.find(parts.recipe.method)
-    count = sum(
-        n * method.trainable_parameters(role.linear, role.rank, dict(role.options))
-        for role, n in parts.layout.linears
-        if role.adapted
-    )
+    architecture = parts.architecture
+    stack = architecture.main_stack
+    tensors = trained(architecture, parts.layout, parts.recipe, stack)
+    count = tensors.num_parameters
     text = f"{count:,} numbers x {FLOAT_BYTES} B"
     yield Share(text=text, num_bytes=count * FLOAT_BYTES)
 
