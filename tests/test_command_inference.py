@@ -57,8 +57,8 @@ def test_estimate_prints_terms_and_what_still_fits() -> None:
 @pytest.mark.parametrize(
     ("model", "option", "words"),
     [
-        # Each r (i + o): four of attention, of 8 experts' two stacks the joined one with
-        # twice the rank, and the router.
+        # Each r (i + o): four of attention; 8 experts' two stacks, the joined one with
+        # twice the rank; and the router.
         (
             "mistralai/Mixtral-8x7B-v0.1",
             "--explain",
