@@ -21,6 +21,10 @@ from memplan.recipe import Recipe
 SEPARATE = "separate"
 MERGED = "merged"
 NONE = "none"
+POSITIONS_OF_MASK = frozenset({"bloom"})
+"""Families whose positions come of the mask that they are given, which is as long as
+what was read (modeling_bloom.py, `build_alibi_tensor`)."""
+
 ADAPTERS = (SEPARATE, MERGED, NONE)
 
 
@@ -66,6 +70,10 @@ class Inference:
             cache=self.cache,
         )
 
+    def room(self, recipe: Recipe) -> int:
+        """Tokens that a static cache is made for: the last one is not read again."""
+        return recipe.sequence_length + self.num_tokens - 1
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What it takes for granted."""
@@ -79,8 +87,17 @@ class Inference:
     def settled(self, architecture: Architecture, recipe: Recipe) -> Inference:
         """The same, without adapters for a method that has none.
 
-        Raises InputError for more tokens than the model has positions for.
+        Raises InputError for more tokens than the model has positions for, and for a
+        static cache of a model that has no positions for what is not read yet.
         """
+        if self.cache == STATIC and architecture.model_type in POSITIONS_OF_MASK:
+            raise InputError(
+                "--cache",
+                STATIC,
+                f"is longer than the mask that {architecture.name} takes its positions "
+                "from",
+                "leave it out",
+            )
         room = room_for_tokens(architecture, recipe)
         if self.num_tokens > room:
             raise InputError(

@@ -18,6 +18,11 @@ Polynomial = Mapping[str, float]
 """Bytes by monomial, which is a word over the dimensions' letters: `BT`, `BTT`, `Nr`;
 the empty word is the constant."""
 
+DYNAMIC = "dynamic"
+STATIC = "static"
+STATIC_WINDOW = "static-window"
+"""How prompts are read, in regimes of answers."""
+
 LOSS = -1
 """The number of the hole that head and loss are."""
 
@@ -48,6 +53,10 @@ class Regime:
     adapters may promote what they add to."""
     experts: str = ""
     """The targets that adapt stacked experts too, and the adapters' precision."""
+    answers: str = ""
+    """How prompts are read where nothing is trained, or dropped out: `dynamic`; into
+    the room of a `static` cache; into one that is no shorter than a sliding window,
+    which prompts are, in `static-window`."""
 
     def casts(self, *, is_plain: bool) -> bool:
         """Whether a linear layer returns autocast's precision, not its input's.
@@ -65,6 +74,8 @@ class Regime:
         outputs = [f"{path}={dtype}" for path, dtype in self.outputs]
         if self.experts:
             outputs.append(f"experts:{self.experts}")
+        if self.answers:
+            outputs.append(f"answers:{self.answers}")
         told = (self.dtype, self.autocast, kernels, *on, self.card.replace(" ", "-"))
         return " ".join(word for word in (*told, *outputs) if word)
 

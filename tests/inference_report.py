@@ -12,7 +12,7 @@ import functools
 import random
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,22 @@ MODELS = (
     "Qwen/Qwen3.5-9B",
 )
 
+EXPERT_MODELS = (
+    "mistralai/Mixtral-8x7B-v0.1",
+    "Qwen/Qwen3-30B-A3B",
+    "deepseek-ai/DeepSeek-V2-Lite",
+    "openai/gpt-oss-20b",
+    "google/gemma-4-26B-A4B",
+    "Qwen/Qwen3.5-35B-A3B",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+)
+"""The first three hold experts that PEFT adapts by parameter."""
+
+RECIPES_WITH_EXPERTS = 4
+
+RECIPES_WITH_STATIC_CACHE = 2
+"""Of each of the MODELS."""
+
 CARDS = ("T4", "RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3")
 
 AMPLE_BYTES = 10**13
@@ -63,16 +79,37 @@ KNOBS: dict[str, tuple[Any, ...]] = {
     "sequence_length": (64, 256, 500, 1024, 2048, 4096),
 }
 
+EXPERT_KNOBS = KNOBS | {
+    "method": ("lora",),
+    "targets": ("all-linear", "all-linear", "attention", "mlp"),
+    "adapter_dtype": ("float32", "bfloat16"),
+}
+"""Experts are adapted by LoRA alone."""
+
 NEW_TOKENS = (16, 128, 512)
+
+STATIC = {"cache": "static"}
 
 
 def grid() -> Iterator[dict[str, Any]]:
     """The rows: model, card, recipe and inference."""
-    chance = random.Random(SEED)
-    for model in MODELS:
+    yield from _rows(MODELS, RECIPES_PER_MODEL, KNOBS, {}, SEED)
+    yield from _rows(EXPERT_MODELS, RECIPES_WITH_EXPERTS, EXPERT_KNOBS, {}, SEED + 1)
+    yield from _rows(MODELS, RECIPES_WITH_STATIC_CACHE, KNOBS, STATIC, SEED + 2)
+
+
+def _rows(
+    models: Iterable[str],
+    count: int,
+    knobs: dict[str, tuple[Any, ...]],
+    asked: dict[str, str],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    chance = random.Random(seed)
+    for model in models:
         longest = inspect(model).max_positions or 4096
-        for _ in range(RECIPES_PER_MODEL):
-            keys = {name: chance.choice(values) for name, values in KNOBS.items()}
+        for _ in range(count):
+            keys = {name: chance.choice(values) for name, values in knobs.items()}
             new_tokens = chance.choice(NEW_TOKENS)
             adapters = chance.choice(ADAPTERS)
             keys["sequence_length"] = min(keys["sequence_length"], longest - new_tokens)
@@ -80,7 +117,7 @@ def grid() -> Iterator[dict[str, Any]]:
                 "model": model,
                 "gpu": chance.choice(CARDS),
                 "recipe": keys,
-                "inference": {"new_tokens": new_tokens, "adapters": adapters},
+                "inference": {"new_tokens": new_tokens, "adapters": adapters} | asked,
             }
 
 
@@ -155,6 +192,19 @@ def summary(errors: Iterable[float]) -> str:
     )
 
 
+def _is_static(row: dict[str, Any]) -> bool:
+    return row["inference"].get("cache") == "static"
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "without experts, growing cache": lambda row: (
+        row["model"] in MODELS and not _is_static(row)
+    ),
+    "experts": lambda row: row["model"] in EXPERT_MODELS,
+    "static cache": _is_static,
+}
+
+
 def report() -> str:
     """The report as Markdown."""
     judged = judged_grid()
@@ -165,7 +215,8 @@ def report() -> str:
         "Made by `python tests/inference_report.py` from "
         "[simulated answers](../profiles/simulated/inference.json), drawn from a seed "
         "over models, cards, methods, quantisations, shapes and precisions, with "
-        "adapters beside the weights, merged into them, or none. Errors are those of "
+        "adapters beside the weights, merged into them, or none; of models with "
+        "experts; and with a static cache. Errors are those of "
         f"the allocated peak, relative to the simulation's. {refused} rows cannot run "
         "and are left out.",
         "",
@@ -173,6 +224,9 @@ def report() -> str:
         "|---|--:|--:|--:|--:|--:|",
         f"| peak | {summary(one.peak for one in judged)} |",
     ]
+    for kind, belongs in KINDS.items():
+        own = [one.peak for one in judged if belongs(one.row)]
+        lines.append(f"| peak, {kind} | {summary(own)} |")
     for label in ("load", "adapt", "merge", "prefill", "decode"):
         own = [one.by_moment[label] for one in judged if label in one.by_moment]
         lines.append(f"| {label} | {summary(own)} |")
@@ -187,6 +241,7 @@ def report() -> str:
         row = one.row
         keys = ", ".join(f"{key} {value}" for key, value in row["recipe"].items())
         asked = "{new_tokens} tokens, adapters {adapters}".format(**row["inference"])
+        asked += ", static cache" if _is_static(row) else ""
         lines.append(
             f"| {one.peak:+.2%} | {row['model']} | {row['gpu']} | {asked} | {keys} |"
         )

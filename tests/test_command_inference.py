@@ -54,6 +54,28 @@ def test_estimate_prints_terms_and_what_still_fits() -> None:
     assert "Still fit: batches of" in ran.out
 
 
+@pytest.mark.parametrize(
+    ("model", "option", "words"),
+    [
+        # Each r (i + o): four of attention; 8 experts' two stacks, the joined one with
+        # twice the rank; and the router.
+        (
+            "mistralai/Mixtral-8x7B-v0.1",
+            "--explain",
+            f"{32 * 16 * (26624 + 8 * (2 * 32768 + 18432) + 4104):,} numbers x 4 B",
+        ),
+        ("meta-llama/Llama-2-7b-hf", "--cache=static", "disable_compile=True"),
+    ],
+)
+def test_estimate_answers_of_experts_and_into_a_static_cache(
+    model: str, option: str, words: str
+) -> None:
+    ran = run("estimate", model, "--inference", "--gpu", "H200", option)
+
+    assert ran.code == 0, ran.err
+    assert words in " ".join(ran.out.split())
+
+
 def test_estimate_prints_one_object() -> None:
     ran = run(
         "estimate", "openai-community/gpt2", "--inference", "--gpu", "12GB", "--json"

@@ -79,16 +79,22 @@ def check_experts(architecture: Architecture, recipe: Recipe) -> None:
         )
 
 
+def adapted_parameters(block: Block, recipe: Recipe) -> Iterator[Parameter]:
+    """A layer's stacked experts and routers, where a recipe adapts these."""
+    assert isinstance(recipe.targets, str)
+    for parameter in block.parameters:
+        if parameter.kind in KINDS[recipe.targets]:
+            yield parameter
+
+
 def expert_shapes(block: Block, recipe: Recipe) -> Iterator[tuple[int, ...]]:
     """Shapes of the factors of a layer's experts and router.
 
     E experts of rank r: (r E, i) and (o, r E) for weights (E, o, i), with twice the
     rank where two layers are joined; a router (E, i) is as a linear layer.
     """
-    assert isinstance(recipe.targets, str)
-    for parameter in block.parameters:
-        if parameter.kind in KINDS[recipe.targets]:
-            yield from _factors(parameter, recipe.rank)
+    for parameter in adapted_parameters(block, recipe):
+        yield from _factors(parameter, recipe.rank)
 
 
 def _factors(parameter: Parameter, rank: int) -> tuple[tuple[int, ...], ...]:

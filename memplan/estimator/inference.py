@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import checks, kernels, methods, quantizations, tapes
+from memplan import checks, kernels, quantizations, tapes
 from memplan.architecture import Architecture
 from memplan.cublas import LT_WORKSPACE_BYTES, workspace_bytes
-from memplan.errors import InputError
 from memplan.estimator import UNNAMED_CARD, WITHOUT_CACHE
 from memplan.estimator.adapters import adapter_bytes
 from memplan.estimator.equations import ROUNDING, WORDS, Share, Term
-from memplan.estimator.experts import adapts_experts
+from memplan.estimator.experts import adapts_experts, check_experts
 from memplan.estimator.layout import Group, Layout, Role, layout_of
 from memplan.estimator.limits import (
     LARGEST_BATCH,
@@ -27,8 +26,18 @@ from memplan.estimator.limits import (
     last_fitting,
     lengths_of,
 )
+from memplan.estimator.merging import (
+    adapted_weights,
+    made_bytes,
+    making_bytes,
+    merge_bytes,
+)
 from memplan.estimator.polynomials import Sizes, value
-from memplan.estimator.regimes import first_regime, layer_regime, model_regime
+from memplan.estimator.regimes import (
+    answering_regime,
+    first_regime,
+    layer_regime,
+)
 from memplan.estimator.sampling import choosing_bytes, kept_bytes
 from memplan.estimator.trained import trained
 from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
@@ -48,15 +57,18 @@ STATES_AT_WORK = 3
 """Tensors of a state's size while the next one is made of it (transformers' recurrent
 gated delta rule: what is read, what is added, and the sum)."""
 
+MASK_STEP = 8
+"""Numbers at whose multiples the rows of a mask begin (`mem_eff_alignment`)."""
+
 FLOAT_BYTES = 4
 HALF_BYTES = 2
 
 SCORE_BYTES = 4
 """Of a score of the eager path's attention, in float32."""
 
-ADAPTERS_READ = 2
-"""Adapters on the card while they are loaded: the file's, and those they go into
-(peft.PeftModel.load_adapter)."""
+LOADED_DTYPE = "float32"
+"""What PEFT makes of half-precision adapters as it loads them
+(peft.tuners.tuners_utils, `cast_adapter_dtype`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +89,8 @@ class PassedGroup:
     tape: BlockTape
     linears: tuple[PassedLinear, ...]
     cached: CachedLayer
+    rank: int
+    """Of adapted experts, whose tape it is in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +104,13 @@ class InferenceParts:
     layout: Layout
     tape: ModelTape
     heads: tuple[Heads, ...]
+    room: int | None
+    """Tokens of a static cache; None where keys and values grow."""
     groups: tuple[PassedGroup, ...]
     weights: WeightBytes
     adapters: int
+    adapter_file: int
+    """Of the adapters as they were saved, which are read beside those they go into."""
     workspace: int
 
 
@@ -133,11 +151,12 @@ def run(
     run, MissingExtraError where a tape has to be traced first.
     """
     inference = inference.settled(architecture, recipe)
-    _refuse_static(inference)
     loaded = loaded_as(recipe)
     adapted = inference.adapters != NONE
     notes = checks.check_inference(architecture, loaded, gpu, adapted=adapted)
-    _refuse_experts(architecture, loaded)
+    notes = (*notes, *inference.notes)
+    if adapted:
+        check_experts(architecture, loaded)
     card = gpu or find_gpu(UNNAMED_CARD)
     parts = parts_of(architecture, loaded, inference, card)
     footprint = Footprint(
@@ -149,33 +168,22 @@ def run(
     return InferenceEstimate(footprint=footprint, parts=parts)
 
 
-def _refuse_experts(architecture: Architecture, recipe: Recipe) -> None:
-    """Raises InputError for adapters on experts, of whose passes no tape is kept."""
-    if adapts_experts(architecture, recipe):
-        raise InputError(
-            "targets",
-            recipe.targets,
-            f"adapts the stacked experts of {architecture.name}, whose answers the "
-            "estimate does not know",
-            "use `memplan simulate`, or targets attention",
-        )
-
-
-def _refuse_static(inference: Inference) -> None:
-    """Raises InputError for a cache whose attention masks no tape has."""
-    if inference.cache == STATIC:
-        remedy = "use `memplan simulate`, or leave it out"
-        raise InputError("--cache", STATIC, "cannot be estimated", remedy)
-
-
 def parts_of(
     architecture: Architecture, recipe: Recipe, inference: Inference, gpu: Gpu
 ) -> InferenceParts:
     """The parts of inference; reads its tapes, and traces those that are missing."""
-    # A checkpoint's first forward keeps nothing for backward, as one without autograd.
-    passing = dataclasses.replace(recipe, method="lora", checkpointing="full")
-    first = tapes.model_tape(architecture, first_regime(passing))
-    regime = model_regime(passing, gpu, first.attention, first.window)
+    held = dataclasses.replace(recipe, adapter_dtype=LOADED_DTYPE)
+    first = tapes.model_tape(architecture, first_regime(held))
+    beside = inference.adapters == SEPARATE
+    room = inference.room(recipe) if inference.cache == STATIC else None
+    regime = answering_regime(
+        architecture,
+        held,
+        gpu,
+        first,
+        experts=beside and adapts_experts(architecture, recipe),
+        room=room,
+    )
     tape = tapes.model_tape(architecture, regime)
     plain = {
         path: is_plain
@@ -183,9 +191,7 @@ def parts_of(
         for path, is_plain in zip(block.holes, block.plain, strict=True)
     }
     layout = layout_of(architecture, recipe, plain)
-    beside = layout if inference.adapters == SEPARATE else _without_adapters(layout)
     stack = architecture.main_stack
-    tensors = trained(architecture, layout, recipe, stack)
     kinds = [block for block in architecture.blocks if block.stack == stack]
     cached = tapes.cache_tape(architecture).layers
     item = DTYPE_BYTES[recipe.dtype]
@@ -198,18 +204,27 @@ def parts_of(
         layout=layout,
         tape=tape,
         heads=first.attention,
+        room=room,
         groups=tuple(
-            _group(group, tape.blocks[kind], _share(cached[kind], group, item), recipe)
-            for group in beside.groups
+            _group(group, tape.blocks[kind], _share(cached[kind], group, item), held)
+            for group in (layout if beside else _without_adapters(layout)).groups
             if group.block.stack == stack
             for kind in [kinds.index(group.block)]
         ),
         weights=weight_bytes(architecture, layout, recipe),
-        adapters=(
-            0 if inference.adapters == NONE else adapter_bytes(layout, recipe, tensors)
-        ),
+        adapters=_adapter_bytes(architecture, layout, held, inference),
+        adapter_file=_adapter_bytes(architecture, layout, recipe, inference),
         workspace=workspace_bytes(gpu) + (LT_WORKSPACE_BYTES if biased else 0),
     )
+
+
+def _adapter_bytes(
+    architecture: Architecture, layout: Layout, recipe: Recipe, inference: Inference
+) -> int:
+    if inference.adapters == NONE:
+        return 0
+    tensors = trained(architecture, layout, recipe, architecture.main_stack)
+    return adapter_bytes(layout, recipe, tensors)
 
 
 def _without_adapters(layout: Layout) -> Layout:
@@ -264,7 +279,9 @@ def _group(
                 rank=role.rank,
             )
         )
-    return PassedGroup(tape=tape, linears=tuple(linears), cached=cached)
+    return PassedGroup(
+        tape=tape, linears=tuple(linears), cached=cached, rank=recipe.rank
+    )
 
 
 def _flag(recipe: Recipe) -> str | None:
@@ -291,7 +308,10 @@ def layer_kv_bytes(cached: CachedLayer, batch: Any, tokens: Any) -> Any:
 
 
 def windowed_kv_bytes(parts: InferenceParts, batch: Any, tokens: Any) -> Any:
-    """K once tokens come one by one, where sliding layers keep their window alone."""
+    """K once tokens come one by one, where sliding layers keep their window alone.
+
+    A static cache is so from the start, for as many tokens as it has room for.
+    """
     return sum(
         group.cached.count
         * layer_kv_bytes(group.cached, batch, _seen(group.cached, tokens))
@@ -304,25 +324,53 @@ def _seen(cached: CachedLayer, tokens: int) -> int:
 
 
 def joined_bytes(parts: InferenceParts, batch: int, tokens: int) -> Any:
-    """The largest tensor that is joined to one more token: it lives beside the new."""
-    return max(
-        (
-            value(tensor, Sizes({"": 1, "B": batch, "T": _seen(group.cached, tokens)}))
-            for group in parts.groups
-            if group.cached.grows
-            for tensor in group.cached.tensors
-        ),
-        default=0,
+    """The largest tensor that is joined to one more token: it lives beside the new.
+
+    A static cache is written in place, but moved on where its window is full: then a
+    layer's keys and values are copied (cache_utils, StaticSlidingWindowLayer).
+    """
+    growing = (group.cached for group in parts.groups if group.cached.grows)
+    found = [
+        [value(tensor, _sizes(batch, _seen(cached, tokens))) for tensor in each]
+        for cached in growing
+        for each in [cached.tensors]
+        if parts.room is None or (cached.window or tokens) < tokens
+    ]
+    if parts.room is None:
+        return max((size for sizes in found for size in sizes), default=0)
+    return max(map(sum, found), default=0)
+
+
+def _sizes(batch: int, tokens: int, *, rank: int = 0, room: int | None = None) -> Sizes:
+    """The dimensions of the model's tapes.
+
+    A mask's rows are copied where they do not begin at multiples of 8
+    (attention.cpp, `pad_bias`).
+    """
+    room = room or 0
+    missing = -room % MASK_STEP
+    return Sizes(
+        {
+            "": 1,
+            "B": batch,
+            "T": tokens,
+            "r": rank,
+            "L": room,
+            "P": room + missing if missing else 0,
+        }
     )
 
 
-def layer_peak(group: PassedGroup, batch: int, tokens: int) -> Any:
+def layer_peak(
+    group: PassedGroup, batch: int, tokens: int, room: int | None = None
+) -> Any:
     """The most that a layer holds while it runs over B sequences of T tokens.
 
     Its input is counted: the caller holds that until the layer returns, and the
     embeddings, which `start` has, until the last one does.
     """
-    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    seen = None if room is None else _seen(group.cached, room)
+    sizes = _sizes(batch, tokens, rank=group.rank, room=seen)
     count = batch * tokens
     live: Any = 0
     peak: Any = 0
@@ -368,40 +416,56 @@ def attention_bytes(
 ) -> Any:
     """What one new token's attention holds beside the keys and values of T tokens.
 
-    Where h heads share g and the kernel cannot, each gets its own copy of keys and
-    values: B h T (q + v) b. PyTorch's math path works on copies in float32, and scales
-    the keys: 4 B T (h q + (h + g) (q + v)). The eager path holds B h T scores in the
-    model's precision twice and in float32.
+    The eager path holds B h T scores in the model's precision twice and in float32;
+    where h heads share g, each gets its own copy of keys and values: B h T (q + v) b.
+    PyTorch's math path works on copies in float32, and scales the keys:
+    4 B T (h q + (h + g) (q + v)), of g heads alone where queries that share keys are
+    packed, as they are beside a mask (transformers.integrations.sdpa_attention).
     """
     item = DTYPE_BYTES[parts.recipe.dtype]
     query, dims = _heads(parts)
     seen = _seen(cached, tokens)
     there = layer_kv_bytes(cached, batch, seen)
     own = batch * query * dims * seen * item
+    grouped = own > there > 0
     if parts.recipe.attention == "eager" or not parts.heads:
         scores = batch * query * seen * (2 * item + SCORE_BYTES)
-        return scores + (own if own > there > 0 else 0)
-    masked = parts.recipe.padded or (cached.window or tokens + 1) <= tokens
-    grouped = own > there > 0
-    shares = any(one.grouped for one in parts.heads) and not masked
-    kernel = _kernel(parts, batch, seen, masked=masked, grouped=grouped and shares)
+        return scores + (own if grouped else 0)
+    hidden = (cached.window or tokens + 1) <= tokens
+    masked = parts.recipe.padded or hidden or parts.room is not None
+    may_share = any(one.grouped for one in parts.heads)
+    shares, packs = may_share and not masked, may_share and masked
+    kernel = _kernel(
+        parts, batch, seen, masked=masked, grouped=grouped and shares, packs=packs
+    )
+    repeats = grouped and not may_share
     if kernel != "math":
-        return own if grouped and not shares else 0
+        return own if repeats else 0
     casts = 0 if item == FLOAT_BYTES else there // item * FLOAT_BYTES
-    whole = own // item * FLOAT_BYTES
-    return casts + (whole if grouped else 0) + whole // 2
+    whole = (there if packs else own) // item * FLOAT_BYTES
+    return casts + (whole if grouped and not packs else 0) + whole // 2
 
 
-def _kernel(
-    parts: InferenceParts, batch: int, tokens: int, *, masked: bool, grouped: bool
+def _kernel(  # noqa: PLR0913 - each decides which it is
+    parts: InferenceParts,
+    batch: int,
+    tokens: int,
+    *,
+    masked: bool,
+    grouped: bool,
+    packs: bool,
 ) -> str:
     """The kernel that attends to so many tokens from one."""
     heads = parts.heads[0]
-    key = heads.query if heads.grouped and not grouped else heads.key
+    key = heads.query if heads.grouped and not (grouped or packs) else heads.key
     return kernels.choose(
         "auto" if masked else parts.recipe.attention,
         kernels.Shapes(
-            query=(batch, heads.query, 1, heads.query_dim),
+            query=(
+                (batch, key, heads.query // key, heads.query_dim)
+                if packs
+                else (batch, heads.query, 1, heads.query_dim)
+            ),
             key=(batch, key, tokens, heads.query_dim),
             value=(batch, key, tokens, heads.value_dim),
             dtype=parts.recipe.dtype,
@@ -442,39 +506,23 @@ def chosen_bytes(parts: InferenceParts, batch: int, *, later: bool) -> int:
     )
 
 
-def merge_bytes(parts: InferenceParts) -> int:
-    """What merging the largest adapted layer of i x o numbers holds besides.
-
-    B A and its scaled copy in the adapters' precision; beside quantised weights, the
-    dequantised weight, its sum with these, and the sum's copy that is quantised again
-    (peft.tuners.lora.bnb, `merge`).
-    """
-    largest = max(
-        (role.linear.num_weights for role, _ in parts.layout.linears if role.adapted),
-        default=0,
-    )
-    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
-    if parts.recipe.quantization == "none":
-        return 2 * item * largest
-    scheme = quantizations.find(parts.recipe.quantization)
-    again = sum(scheme.stored_bytes(largest, 1))
-    loaded = DTYPE_BYTES[parts.recipe.dtype]
-    return (3 * item + loaded) * largest + again
-
-
 def prefill_points(parts: InferenceParts) -> Iterator[Point]:
     """The embedding, the last layer of each kind, the norm, and the last logits.
 
     All layers before the last keep their keys and values by then.
     """
     batch, tokens = parts.recipe.batch_size, parts.recipe.sequence_length
-    sizes = Sizes({"": 1, "B": batch, "T": tokens})
+    sizes = _sizes(batch, tokens, room=parts.room)
     start = value(parts.tape.before.net, sizes)
-    kept = kv_bytes(parts, batch, tokens)
+    kept = (
+        kv_bytes(parts, batch, tokens)
+        if parts.room is None
+        else windowed_kv_bytes(parts, batch, parts.room)
+    )
     for peak in parts.tape.before.peaks:
         yield Point(activations=value(peak, sizes))
     for group in parts.groups:
-        at_work = layer_peak(group, batch, tokens)
+        at_work = layer_peak(group, batch, tokens, parts.room)
         yield Point(activations=start + at_work, kv_cache=kept)
     norm = parts.tape.tail[0]
     if isinstance(norm, Stretch):
@@ -497,8 +545,8 @@ def decode_points(parts: InferenceParts) -> Iterator[Point]:
     vocabulary = parts.architecture.vocab_size
     scores = kept_bytes(parts.inference.sampling, batch, vocabulary)
     at_work = max(new_token_peak(parts, group, batch, last) for group in parts.groups)
-    first = kv_bytes(parts, batch, prompt)
     kept = windowed_kv_bytes(parts, batch, last)
+    first = kv_bytes(parts, batch, prompt) if parts.room is None else kept
     joined = joined_bytes(parts, batch, last)
     for keys in (first, kept):
         yield Point(activations=at_work, kv_cache=keys, logits=scores)
@@ -523,15 +571,35 @@ def _moments(parts: InferenceParts) -> Iterator[Moment]:
     load = Point(activations=parts.weights.load_peak - parts.weights.total)
     yield _moment(parts, "load", load, adapters=0, workspace=0)
     if parts.inference.adapters != NONE:
-        read = ADAPTERS_READ * adapters
-        yield _moment(parts, "adapt", Point(activations=0), adapters=read, workspace=0)
+        yield _adapt(parts)
     if parts.inference.adapters == MERGED:
-        merging = Point(activations=merge_bytes(parts))
+        weights = [*adapted_weights(parts.architecture, parts.layout, parts.recipe)]
+        merging = Point(activations=merge_bytes(weights, parts.recipe))
         yield _moment(parts, "merge", merging, adapters=adapters)
     beside = adapters if parts.inference.adapters == SEPARATE else 0
     yield _moment(parts, "prefill", _most(prefill_points(parts)), adapters=beside)
     if parts.inference.num_tokens > 1:
         yield _moment(parts, "decode", _most(decode_points(parts)), adapters=beside)
+
+
+def _adapt(parts: InferenceParts) -> Moment:
+    """Adapters are made in their weights' precision, then those of a file are read.
+
+    PEFT copies those onto the ones that it has made single by then
+    (peft.PeftModel.load_adapter).
+    """
+    weights = [*adapted_weights(parts.architecture, parts.layout, parts.recipe)]
+    making = making_bytes(weights, parts.recipe)
+    made = made_bytes(weights, parts.adapters)
+    read = parts.adapter_file + parts.adapters
+    point, held = (making, made) if making + made > read else (0, read)
+    return _moment(
+        parts,
+        "adapt",
+        Point(activations=point),
+        adapters=held,
+        workspace=workspace_bytes(parts.gpu) if making else 0,
+    )
 
 
 def _most(points: Iterator[Point]) -> Point:
@@ -629,9 +697,14 @@ _REST = {"kv_cache": "tokens of the answer, and the old keys beside the new ones
 
 
 def _told_cache(parts: InferenceParts) -> Iterator[Share]:
-    batch, tokens = parts.recipe.batch_size, parts.recipe.sequence_length
+    batch = parts.recipe.batch_size
     for group in parts.groups:
         each = round(layer_kv_bytes(group.cached, batch, 1))
+        tokens = (
+            parts.recipe.sequence_length
+            if parts.room is None
+            else _seen(group.cached, parts.room)
+        )
         whole = round(layer_kv_bytes(group.cached, batch, tokens))
         yield Share(
             text=f"{group.cached.count} layers x {tokens:,} tokens x {each:,} B",
@@ -640,14 +713,12 @@ def _told_cache(parts: InferenceParts) -> Iterator[Share]:
 
 
 def _told_adapters(parts: InferenceParts) -> Iterator[Share]:
-    method = methods.find(parts.recipe.method)
-    count = sum(
-        n * method.trainable_parameters(role.linear, role.rank, dict(role.options))
-        for role, n in parts.layout.linears
-        if role.adapted
-    )
-    item = DTYPE_BYTES[parts.recipe.adapter_dtype]
-    yield Share(text=f"{count:,} numbers x {item} B", num_bytes=count * item)
+    architecture = parts.architecture
+    stack = architecture.main_stack
+    tensors = trained(architecture, parts.layout, parts.recipe, stack)
+    count = tensors.num_parameters
+    text = f"{count:,} numbers x {FLOAT_BYTES} B"
+    yield Share(text=text, num_bytes=count * FLOAT_BYTES)
 
 
 _TOLD: dict[str, Callable[[InferenceParts], Iterator[Share]]] = {

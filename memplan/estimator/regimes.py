@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from memplan import kernels, quantizations
+from memplan.architecture import Architecture
 from memplan.estimator.layout import Role
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
-from memplan.tape import Heads, LayerRegime, LossRegime, Regime
+from memplan.tape import (
+    DYNAMIC,
+    STATIC,
+    STATIC_WINDOW,
+    Heads,
+    LayerRegime,
+    LossRegime,
+    ModelTape,
+    Regime,
+)
 
 _HALF = {"float16": "bfloat16"}
 """Half precisions, whose tensors and kernels are of the same sizes."""
@@ -99,6 +110,54 @@ def model_regime(
         checkpointed=recipe.checkpointing == "full",
         card=card,
         experts=f"{recipe.targets}:{adapter_dtype}" if experts else "",
+    )
+
+
+def answering_regime(  # noqa: PLR0913 - each decides how prompts are read
+    architecture: Architecture,
+    recipe: Recipe,
+    gpu: Gpu,
+    first: ModelTape,
+    *,
+    experts: bool,
+    room: int | None,
+) -> Regime:
+    """The regime of the model's body while it reads prompts.
+
+    A checkpoint's first forward keeps nothing for backward, and so stands for one
+    without autograd, unless the model drops out, which it does in training alone.
+
+    `room` are the tokens of a static cache, None without one. Unless there is a mask,
+    only those that were read are attended to (transformers.integrations.sdpa_attention)
+    and a mask is left out unless it hides what is read (masking_utils,
+    `_ignore_causal_mask_sdpa`).
+    """
+    passing = dataclasses.replace(recipe, method="lora", checkpointing="full")
+    regime = model_regime(passing, gpu, first.attention, first.window, experts=experts)
+    answers = DYNAMIC if drops_out(architecture) else ""
+    if room is not None:
+        window = first.window or room + 1
+        if recipe.sequence_length <= window <= room:
+            answers = STATIC_WINDOW
+        elif recipe.padded or regime.attention == "eager":
+            answers = STATIC
+    masks = regime.padded or regime.windowed or answers in (STATIC, STATIC_WINDOW)
+    kernels_run = {_attention(passing, gpu, (one,))[0] for one in first.attention}
+    if not masks and "efficient" not in kernels_run and regime.card != TURING:
+        # The forward of other kernels takes the same on every card of these.
+        regime = dataclasses.replace(regime, card="")
+    if not answers:
+        return regime
+    return dataclasses.replace(regime, checkpointed=False, answers=answers)
+
+
+def drops_out(architecture: Architecture) -> bool:
+    """Whether the model's own layers drop out while it is trained."""
+    config = architecture.config
+    config = {**config, **config.get("text_config", {})}
+    return any(
+        "drop" in key and isinstance(share, float) and share > 0
+        for key, share in config.items()
     )
 
 

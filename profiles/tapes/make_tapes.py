@@ -22,11 +22,13 @@ from memplan.architecture import Architecture
 from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError
 from memplan.estimator import inference
-from memplan.estimator.regimes import first_regime
+from memplan.estimator.experts import adapts_experts
+from memplan.estimator.regimes import drops_out, first_regime
 from memplan.estimator.reserved import reserved, tracks_of
 from memplan.estimator.schedule import parts_of
+from memplan.generation import DYNAMIC, STATIC
 from memplan.gpu import Gpu, find_gpu
-from memplan.inference import Inference, loaded_as
+from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
 
 CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
@@ -41,6 +43,8 @@ LAYER_MODELS = (
     "tiiuae/falcon-7b",
 )
 """Models whose linear layers have no bias, have one, and are not quantised."""
+
+UNTRACEABLE = (InputError, AttributeError, RuntimeError, TypeError, ValueError)
 
 LONG = 2**18
 """A sequence longer than any window."""
@@ -86,23 +90,34 @@ def inference_recipes() -> Iterator[dict[str, Any]]:
     """The keys of recipes under which tuned models answer."""
     methods = [name for name in registry.names("methods") if name != "peft"]
     quantizations = ("none", "nf4", "nf4-double", "int8")
-    for method, quantization, dtype, adapter_dtype in itertools.product(
-        methods,
-        quantizations,
-        ("bfloat16", "float16", "float32"),
-        ("float32", "bfloat16"),
+    dtypes = ("bfloat16", "float16", "float32")
+    for method, quantization, dtype in itertools.product(
+        methods, quantizations, dtypes
     ):
         yield {
             "method": method,
             "quantization": quantization,
             "dtype": dtype,
-            "adapter_dtype": adapter_dtype,
             "targets": "mlp",
         }
 
 
-def make_inference() -> None:
-    """Traces and writes what answering needs: linear layers, and every cache."""
+def answering_recipes(*, eager: bool) -> Iterator[dict[str, Any]]:
+    """The keys of recipes that decide how a model without adapters answers."""
+    kernels = ("auto", "eager") if eager else ("auto",)
+    dtypes = ("bfloat16", "float16", "float32")
+    for dtype, attention in itertools.product(dtypes, kernels):
+        yield {"dtype": dtype, "attention": attention}
+
+
+def make_inference(names: list[str]) -> None:
+    """Traces and writes what answering needs: linear layers, and every cache.
+
+    With names, only how these models read prompts.
+    """
+    if names:
+        make_answering(names)
+        return
     card = find_gpu(CARDS[0])
     for name, keys in itertools.product(LAYER_MODELS, inference_recipes()):
         with contextlib.suppress(InputError):
@@ -113,10 +128,50 @@ def make_inference() -> None:
             continue
         try:
             tapes.cache_tape(model.architecture)
-        except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
+        except UNTRACEABLE:
             print(f"{model.architecture.name} cannot be traced", file=sys.stderr)
     path = tapes.shipped_path(tapes.INFERENCE)
     tapes.write(path, tapes.inference_file().lines)
+    make_answering(names)
+
+
+def make_answering(names: list[str]) -> None:
+    """Traces and writes how models read prompts otherwise than while they are trained.
+
+    Those do that drop out there, or whose experts are adapted; and, into a static
+    cache, those with windows, which prompts may be shorter than, and those that have
+    eager attention alone.
+    """
+    for model in catalog_models():
+        architecture = model.architecture
+        if not architecture.generative or (names and architecture.name not in names):
+            continue
+        with contextlib.suppress(*UNTRACEABLE):
+            _make_answering(architecture)
+
+
+def _make_answering(architecture: Architecture) -> None:
+    first = tapes.model_tape(architecture, first_regime(Recipe()))
+    lengths = (512, LONG) if first.window else (512,)
+    if drops_out(architecture) or adapts_experts(architecture, Recipe()):
+        _trace_answers(architecture, lengths, DYNAMIC)
+    windows = (first.window,) if first.window else ()
+    if windows or not first.attention:
+        own = windows if first.attention else (*lengths, *windows)
+        _trace_answers(architecture, own, STATIC)
+    path = tapes.shipped_path(tapes.name_of(architecture))
+    tapes.write(path, tapes.file_of(architecture).lines)
+
+
+def _trace_answers(
+    architecture: Architecture, lengths: tuple[int, ...], cache: str
+) -> None:
+    asked = Inference(adapters=NONE, cache=cache)
+    recipes = answering_recipes(eager=cache == DYNAMIC)
+    for told, card, length in itertools.product(recipes, CARDS, lengths):
+        with contextlib.suppress(InputError):
+            recipe = loaded_as(Recipe(**told, sequence_length=length))
+            inference.parts_of(architecture, recipe, asked, find_gpu(card))
 
 
 def main(names: list[str]) -> None:
@@ -138,7 +193,7 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
     """Traces and writes a model's tapes; whether it can be traced at all."""
     try:
         first = tapes.model_tape(architecture, first_regime(Recipe()))
-    except (InputError, AttributeError, RuntimeError, TypeError, ValueError):
+    except UNTRACEABLE:
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
@@ -170,10 +225,10 @@ def make_layers() -> None:
 
 
 if __name__ == "__main__":
+    named = [name for name in sys.argv[1:] if not name.startswith("--")]
     if "--inference" in sys.argv:
-        make_inference()
-        sys.exit()
-    if "--layers" in sys.argv:
+        make_inference(named)
+    elif "--layers" in sys.argv:
         make_layers()
     else:
-        main([name for name in sys.argv[1:] if not name.startswith("--")])
+        main(named)

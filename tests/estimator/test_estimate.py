@@ -91,6 +91,10 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek-ai/DeepSeek-V2-Lite",
         {"targets": "all-linear", "checkpointing": "full"},
     ),
+    "a sink is one more score of every token": (
+        "openai/gpt-oss-20b",
+        {"sequence_length": 2048, "targets": "attention"},
+    ),
     "dora under TRL promotes the residual stream": (
         "EleutherAI/pythia-70m",
         {"method": "dora", "trainer": "trl", "quantization": "nf4-double"},

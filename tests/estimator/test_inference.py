@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import inference_report
 import pytest
 
 from memplan import tapes
-from memplan.catalog import inspect
+from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError, MissingExtraError
 from memplan.estimator import inference as closed_form
-from memplan.generation import SAMPLINGS, STATIC
+from memplan.generation import CACHES, SAMPLINGS, STATIC
 from memplan.gpu import find_gpu
 from memplan.inference import ADAPTERS, MERGED, NONE, SEPARATE, Inference
 from memplan.recipe import Recipe
@@ -156,6 +157,11 @@ def test_choosing_a_token_is_estimated_as_it_is_simulated(
         )
 
 
+def test_a_static_cache_of_a_model_without_positions_for_it_is_refused() -> None:
+    with pytest.raises(InputError, match="leave it out"):
+        run("bigscience/bloom-560m", Inference(cache=STATIC))
+
+
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(InputError, match="at most 24"):
         run(
@@ -165,9 +171,175 @@ def test_more_tokens_than_positions_are_refused() -> None:
         )
 
 
-def test_a_static_cache_is_left_to_the_simulation() -> None:
-    with pytest.raises(InputError, match="memplan simulate"):
-        run(LLAMA, Inference(cache=STATIC))
+def test_a_static_cache_is_there_for_all_tokens_at_once() -> None:
+    prompt, answer = 512, 256
+    asked = Inference(num_tokens=answer, cache=STATIC)
+    parts = run(LLAMA, asked, sequence_length=prompt, batch_size=3).parts
+
+    points = [*closed_form.prefill_points(parts), *closed_form.decode_points(parts)]
+
+    # The last token is not read again.
+    whole = 3 * (prompt + answer - 1) * 2 * 32 * 32 * 128 * 2
+    assert {point.kv_cache for point in points} == {0, whole}
+
+
+STATIC_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "what is read is attended to without a mask": (
+        "meta-llama/Llama-3.2-1B",
+        "H100 80GB HBM3",
+        {"batch_size": 4},
+    ),
+    "scores are as wide as the cache": (
+        "Qwen/Qwen2.5-0.5B",
+        "RTX 3060",
+        {"batch_size": 4, "attention": "eager"},
+    ),
+    "so is the mask of a padded batch": (
+        "Qwen/Qwen2.5-0.5B",
+        "RTX 3060",
+        {"batch_size": 16, "padded": True},
+    ),
+    "a window that is reached while answering is masked from the start": (
+        "google/gemma-3-1b-pt",
+        "A100-SXM4-80GB",
+        {"batch_size": 8},
+    ),
+    "one that prompts outgrow holds but its own": (
+        "google/gemma-3-1b-pt",
+        "RTX 3060",
+        {"batch_size": 2, "sequence_length": 700},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "keys"), STATIC_ROWS.values(), ids=STATIC_ROWS
+)
+def test_a_static_cache_is_estimated_as_it_is_simulated(
+    model: str, card: str, keys: dict[str, Any]
+) -> None:
+    asked = {"new_tokens": 300, "adapters": NONE, "cache": STATIC}
+
+    assert error_of(model, card, {"sequence_length": 300} | keys, asked) <= BAR
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_experts_are_estimated_as_they_are_simulated(adapters: str) -> None:
+    keys = {"quantization": "nf4", "adapter_dtype": "bfloat16", "sequence_length": 256}
+    asked = {"new_tokens": 4, "adapters": adapters}
+
+    for error in errors_of("Qwen/Qwen3-30B-A3B", "RTX 3060", keys, asked).values():
+        assert abs(error) <= MEDIAN_BAR
+
+
+def test_the_dense_update_of_one_stack_of_experts_is_there_while_it_runs() -> None:
+    keys: dict[str, Any] = {"sequence_length": 16, "rank": 8}
+    one, other = (
+        run("mistralai/Mixtral-8x7B-v0.1", Inference(adapters=how), **keys).footprint
+        for how in (SEPARATE, NONE)
+    )
+
+    # gate_up_proj of 8 experts, 4096 -> 2 x 14336, and down_proj, in bfloat16.
+    stacks = 8 * (2 * 14336 * 4096 + 14336 * 4096) * 2
+    more = one.breakdown["activations"] - other.breakdown["activations"]
+    assert stacks <= more <= 1.05 * stacks
+
+
+@pytest.mark.parametrize(
+    "keys", [{"method": "dora"}, {"targets": ("gate_proj", "up_proj")}]
+)
+def test_experts_that_cannot_be_adapted_are_refused_unless_nothing_is(
+    keys: dict[str, Any],
+) -> None:
+    model = "deepseek-ai/DeepSeek-V2-Lite"
+
+    assert run(model, Inference(adapters=NONE), **keys).footprint.moments
+    with pytest.raises(InputError, match="stacked experts"):
+        run(model, Inference(), **keys)
+
+
+def test_loaded_adapters_are_single_whatever_their_file_is() -> None:
+    half, single = (
+        run(LLAMA, Inference(), adapter_dtype=dtype).footprint
+        for dtype in ("bfloat16", "float32")
+    )
+
+    assert half.breakdown == single.breakdown
+    read = {moment.label: moment.breakdown["adapters"] for moment in half.moments}
+    # Half as much as it becomes is in the file.
+    assert read["adapt"] == 1.5 * read["prefill"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [
+        ("none", "float16"),
+        ("int8", "bfloat16"),
+        ("nf4", "bfloat16"),
+        ("nf4", "float32"),
+    ],
+)
+def test_magnitudes_are_made_and_merged_as_simulated(
+    quantization: str, dtype: str
+) -> None:
+    keys = {"method": "dora", "quantization": quantization, "dtype": dtype, "rank": 8}
+    asked = {"new_tokens": 1, "adapters": MERGED}
+    model = "meta-llama/Llama-3.2-1B"
+
+    errors = errors_of(model, "RTX 3060", keys | {"sequence_length": 8}, asked)
+
+    assert abs(errors["adapt"]) <= MEDIAN_BAR
+    assert abs(errors["merge"]) <= MEDIAN_BAR
+
+
+def test_nothing_drops_out_while_a_model_answers() -> None:
+    """GPT-2's dropout takes a score matrix and more while it is trained."""
+    keys = {"batch_size": 4, "sequence_length": 512, "quantization": "int8"}
+    asked = {"new_tokens": 4, "adapters": NONE}
+
+    assert error_of("openai-community/gpt2", "T4", keys, asked) <= BAR
+
+
+def error_of(
+    model: str, card: str, keys: dict[str, Any], asked: dict[str, Any]
+) -> float:
+    """Of the peak."""
+    return abs(_judged(model, card, keys, asked).peak)
+
+
+def errors_of(
+    model: str, card: str, keys: dict[str, Any], asked: dict[str, Any]
+) -> dict[str, float]:
+    """By moment."""
+    return _judged(model, card, keys, asked).by_moment
+
+
+def _judged(
+    model: str, card: str, keys: dict[str, Any], asked: dict[str, Any]
+) -> inference_report.Judged:
+    """The estimate beside a simulation that is run here."""
+    pytest.importorskip("torch")
+    row = {"model": model, "gpu": card, "recipe": keys, "inference": asked}
+    return inference_report.judge(inference_report.simulate(row))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_model_of_the_catalog_answers_by_shipped_tapes(cache: str) -> None:
+    def refuse(architecture: object) -> None:
+        raise MissingExtraError("tracing", "torch", "torch")
+
+    cards = {"A100-SXM4-80GB": "bfloat16", "H100": "bfloat16", "T4": "float16"}
+    with mock.patch.object(tapes, "_taping", refuse):
+        for model in catalog_models():
+            architecture = model.architecture
+            # Whose cache cannot be static.
+            if not architecture.generative or architecture.model_type == "bloom":
+                continue
+            for (card, dtype), adapters in itertools.product(cards.items(), ADAPTERS):
+                inference = Inference(cache=cache, adapters=adapters)
+                closed_form.run(
+                    architecture, Recipe(dtype=dtype), inference, find_gpu(card)
+                )
 
 
 def test_no_torch_is_imported() -> None:

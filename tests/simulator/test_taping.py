@@ -15,7 +15,12 @@ from memplan.estimator.polynomials import Sizes, value
 from memplan.methods import Flow
 from memplan.simulator.events import EventLog
 from memplan.simulator.taping import trace_layer, trace_loss, trace_model
-from memplan.simulator.taping.polynomials import BATCH, LENGTHS, sizes_in_batch
+from memplan.simulator.taping.polynomials import (
+    BATCH,
+    LENGTHS,
+    ROOMS,
+    sizes_in_batch,
+)
 from memplan.tape import (
     LayerRegime,
     LossRegime,
@@ -167,6 +172,24 @@ def test_sizes_show_their_powers_of_batch_and_length() -> None:
         {"BTT": 2},
         {"T": 4},
         {"": 96},
+    ]
+
+
+def test_scores_beside_a_sink_are_one_more_for_every_token() -> None:
+    length, _ = LENGTHS
+    scores = 4 * BATCH * length * (length + 1)
+
+    assert sizes_in_batch(log_of([scores])) == [{"BTT": 4, "BT": 4}]
+
+
+def test_a_static_cache_has_lengths_of_its_own() -> None:
+    (length, _), (room, _), (padded, _) = LENGTHS, ROOMS["L"], ROOMS["P"]
+    sizes = [4 * BATCH * length * room, 2 * BATCH * length * padded, 8 * BATCH * room]
+
+    assert sizes_in_batch(log_of(sizes), has_room=True) == [
+        {"BTL": 4},
+        {"BTP": 2},
+        {"BL": 8},
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from memplan import kernels
@@ -32,6 +34,7 @@ from memplan.simulator.taping.polynomials import (
     BATCH,
     LENGTHS,
     RANK,
+    ROOMS,
     add,
     hides_length,
     largest,
@@ -40,6 +43,8 @@ from memplan.simulator.taping.polynomials import (
 from memplan.simulator.taping.tracks import ModelTracks
 from memplan.tape import (
     LOSS,
+    STATIC,
+    STATIC_WINDOW,
     BlockTape,
     Heads,
     Mark,
@@ -64,6 +69,8 @@ CARD = "80GB"
 
 WINDOW = 128
 """The window of sliding attention in sequences that are longer than it."""
+
+ROOM, _ = ROOMS["L"]
 
 NO_WINDOW = 2**20
 """The window of sliding attention in sequences that are shorter than it."""
@@ -129,7 +136,7 @@ def _parse(architecture: Architecture, regime: Regime) -> tuple[_Parser, list[in
     second = None
     if any(hides_length(size) for size in run.log.sizes):
         second = _run(architecture, regime, stack, kept, LENGTHS[1]).log
-    run.sizes = sizes_in_batch(run.log, second)
+    run.sizes = sizes_in_batch(run.log, second, has_room=_is_static(regime))
     read = [_layer_to_read(block, kept) for block in blocks]
     return _Parser(run, len(kept)), read
 
@@ -167,8 +174,11 @@ def _run(
         plain = _plain(model.get_submodule(stack))
         holes = _dig(model.get_submodule(stack), tracer, regime)
         training_model.prepare(model, recipe)
-        _require_gradient(model)
-        model.train()
+        if regime.answers:
+            model.eval()
+        else:
+            _require_gradient(model)
+            model.train()
         with (
             Reroute(tracer, recipe).installed(),
             _kernels(regime, calls),
@@ -178,7 +188,10 @@ def _run(
             for tensor in (*model.parameters(), *model.buffers()):
                 tracer.ignore(tensor)
             tracer.name_modules(model)
-            _step(model, recipe, architecture.vocab_size, tracer)
+            if regime.answers:
+                _read(model, recipe, _cache(architecture, regime), architecture, tracer)
+            else:
+                _step(model, recipe, architecture.vocab_size, tracer)
     return _Run(
         log=log,
         marks=tracer.marks,
@@ -223,8 +236,18 @@ def _short_model(
     )
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if getattr(config, "sliding_window", None):
-        config.sliding_window = WINDOW if regime.windowed else NO_WINDOW
+        config.sliding_window = _window_of(regime)
     return model
+
+
+def _window_of(regime: Regime) -> int:
+    if regime.answers == STATIC_WINDOW:
+        return ROOM
+    return WINDOW if regime.windowed else NO_WINDOW
+
+
+def _is_static(regime: Regime) -> bool:
+    return regime.answers.startswith(STATIC)
 
 
 def _adapt_experts(
@@ -282,11 +305,15 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _window(architecture: Architecture) -> int | None:
+    return getattr(_whole_config(architecture), "sliding_window", None) or None
+
+
+def _whole_config(architecture: Architecture) -> Any:
+    """The text model's config, with all of its layers."""
     source = ModelSource(
         name=architecture.name, origin="catalog", config=dict(architecture.config)
     )
-    config = build_config(source).get_text_config()
-    return getattr(config, "sliding_window", None) or None
+    return build_config(source).get_text_config()
 
 
 def _is_hole(module: nn.Module) -> bool:
@@ -335,6 +362,42 @@ def _step(model: Any, recipe: Recipe, vocab_size: int, tracer: TapeTracer) -> No
     tracer.log.begin("1.backward")
     loss.sum().backward()
     del loss, batch, labels
+    tracer.stop()
+
+
+def _cache(architecture: Architecture, regime: Regime) -> StaticCache | None:
+    if not _is_static(regime):
+        return None
+    config = _whole_config(architecture)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = _window_of(regime)
+    return StaticCache(config=config, max_cache_len=ROOM)
+
+
+def _read(
+    model: Any,
+    recipe: Recipe,
+    cache: StaticCache | None,
+    architecture: Architecture,
+    tracer: TapeTracer,
+) -> None:
+    """The body's forward over prompts, without autograd, as `generate` calls it.
+
+    What a static cache holds outlives the log; keys and values that grow are left out.
+    """
+    tracer.log.begin("1.forward")
+    body = body_of(model)
+    batch = make_batch(recipe, architecture.vocab_size, torch.device("meta"))
+    del batch["labels"]
+    batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    if "position_ids" in inspect.signature(body.forward).parameters:
+        batch["position_ids"] = torch.empty_like(batch["input_ids"])
+    kept = {} if cache is None else {"past_key_values": cache}
+    with torch.no_grad():
+        hidden = body(**batch, **kept, use_cache=bool(kept)).last_hidden_state
+        Hole(tracer, LOSS, 1, torch.float32)(hidden)
+    del hidden, batch
+    tracer.log.begin("1.backward")
     tracer.stop()
 
 
@@ -460,7 +523,8 @@ class _Parser:
         """What comes before the layers, each layer's events, and what comes after."""
         positions = [self._position(event) for event in events]
         last = max(
-            index for index, position in enumerate(positions) if position is not None
+            (index for index, position in enumerate(positions) if position is not None),
+            default=-1,
         )
         parts: list[list[Event]] = [[] for _ in range(len(order) + 2)]
         part = 0

@@ -27,20 +27,31 @@ LENGTH_PRIMES = (127, 61)
 ROUNDED_LENGTH = 1024
 """The first of the lengths, rounded up as kernels do that work in tiles."""
 
+ROOMS = {"L": (1046, 523), "P": (1048, 131)}
+"""Tokens that a static cache has room for, above the LENGTHS, with a prime that tells
+it; and as many as a row of its mask has, where that is padded to a multiple of 8."""
+
 LARGE_BYTES = 2**12
 """Bytes a sequence from which on a size that shows no length is asked again."""
 
 
-def sizes_in_batch(first: EventLog, second: EventLog | None = None) -> list[Polynomial]:
+def sizes_in_batch(
+    first: EventLog, second: EventLog | None = None, *, has_room: bool = False
+) -> list[Polynomial]:
     """Sizes of blocks in B, T and the rank r, from a run with each of the LENGTHS.
+
+    `has_room`: and in L and P, where a static cache has room for more.
 
     A kernel's scratch is often as long as the sequence rounded up, which no prime
     shows; how it grows from one run to the other does. Where a loop over parts of the
     sequence makes more blocks in one run than in the other, each is its share of it.
     """
     length = (LENGTHS[0], LENGTH_PRIMES[0])
-    dimensions = Dimensions({"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)})
-    sizes = [dimensions.monomial(size) for size in first.sizes]
+    rooms = ROOMS if has_room else {}
+    dimensions = Dimensions(
+        {"B": (BATCH, BATCH), "T": length, "r": (RANK, RANK)} | rooms
+    )
+    sizes = [_with_sink(dimensions.monomial(size)) for size in first.sizes]
     if second is None:
         return sizes
     others = _alike(second)
@@ -58,6 +69,20 @@ def sizes_in_batch(first: EventLog, second: EventLog | None = None) -> list[Poly
     return sizes
 
 
+def _with_sink(size: Polynomial) -> Polynomial:
+    """Scores of T tokens and a sink, which models join to them: T + 1 of each of T.
+
+    Likewise of L tokens, where these are a static cache's.
+    """
+    lengths = {"T": LENGTHS[0], "L": ROOMS["L"][0]}
+    for word, coefficient in size.items():
+        for letter, length in lengths.items():
+            each, rest = divmod(coefficient, length + 1)
+            if "T" in word and not rest:
+                return {word + letter: each, word: each}
+    return size
+
+
 def _alike(log: EventLog) -> dict[tuple[str, str], list[int]]:
     """Blocks by the operator that made them, and the module that it was called in."""
     blocks: dict[tuple[str, str], list[int]] = {}
@@ -73,7 +98,7 @@ def hides_length(num_bytes: int) -> bool:
 
 def _hides_length(size: Polynomial) -> bool:
     return any(
-        "T" not in word and "r" not in word and c >= LARGE_BYTES
+        not {*word} & {"T", "r", *ROOMS} and c >= LARGE_BYTES
         for word, c in size.items()
     )
 
