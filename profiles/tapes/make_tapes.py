@@ -2,8 +2,9 @@
 
 Every generative model is estimated under the recipes that most people run, which reads
 or traces the tapes they need; what was traced is written. Names of models may be given.
-A model whose file is there is passed by, unless --again is given; --layers traces the
-linear layers alone, --inference what answering needs besides.
+A model whose file is there is passed by, unless --again is given, which traces what is
+missing there; --layers traces the linear layers alone, --inference what answering needs
+besides.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
 
-CARDS = ("RTX 3060", "H100 80GB HBM3", "T4")
-"""Flash attention, cuDNN's, and the memory-efficient one."""
+CARDS = ("RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3", "T4")
+"""Flash attention on small and on large cards, cuDNN's, the memory-efficient one."""
 
 FEW = "Tesla T4"
 """The card of which only the most usual recipes are traced, in the half it knows."""
