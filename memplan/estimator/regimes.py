@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from memplan import kernels, quantizations
+from memplan.architecture import Architecture
 from memplan.estimator.layout import Role
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
@@ -147,6 +148,17 @@ def _shapes(recipe: Recipe, heads: Heads, *, masked: bool) -> kernels.Shapes:
 def is_head_trained(recipe: Recipe) -> bool:
     """Whether the head's weight gets a gradient."""
     return recipe.method == "full" or "lm_head" in recipe.trained_modules
+
+
+def is_embedding_trained(architecture: Architecture, recipe: Recipe) -> bool:
+    """Whether the token embeddings get a gradient."""
+    embedding = (architecture.vocab_size, architecture.hidden_size)
+    return recipe.method == "full" or any(
+        parameter.path.rpartition(".")[0].endswith(name)
+        for parameter in architecture.parameters
+        if parameter.kind == "embedding" and parameter.shape == embedding
+        for name in recipe.trained_modules
+    )
 
 
 def loss_regime(recipe: Recipe, hidden_dtype: str) -> LossRegime:

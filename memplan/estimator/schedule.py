@@ -43,13 +43,14 @@ from memplan.estimator.optimizer import (
 from memplan.estimator.polynomials import Sizes, larger, value
 from memplan.estimator.regimes import (
     first_regime,
+    is_embedding_trained,
     is_head_trained,
     layer_regime,
     loss_regime,
     model_regime,
 )
 from memplan.estimator.trained import Trained, trained
-from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
+from memplan.estimator.weights import WeightBytes, weight_bytes
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.tape import (
@@ -495,8 +496,10 @@ class _Stepper:
         At the top no layer has its gradient yet, at the bottom all others have.
         """
         parts = self._parts
-        full = parts.recipe.method == "full"
-        embedding = embedding_bytes(parts.architecture, parts.recipe) if full else 0
+        trains_embedding = is_embedding_trained(parts.architecture, parts.recipe)
+        embedding = (
+            embedding_bytes(parts.architecture, parts.recipe) if trains_embedding else 0
+        )
         for part, _, layer in self._layers:
             own = sum(linear.gradient_bytes for linear in part.linears)
             pile = self._kept - self._cached - (layer.kept - layer.cached)
@@ -512,7 +515,7 @@ class _Stepper:
             yield Candidate(
                 activations=rest + stuck + layer.backward_peak, gradients=bottom
             )
-        if full:
+        if trains_embedding:
             scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
             again = embedding_copies(parts.architecture, parts.recipe)
             yield Candidate(
@@ -527,14 +530,12 @@ class _Stepper:
 
     @property
     def _is_tied(self) -> bool:
-        return is_tied(self._parts.architecture)
+        return is_tied(self._parts.architecture, self._parts.recipe)
 
     def _head_gradients(self) -> int:
         if not is_head_trained(self._parts.recipe):
             return 0
-        architecture = self._parts.architecture
-        numbers = architecture.vocab_size * architecture.hidden_size
-        return numbers * DTYPE_BYTES[self._parts.recipe.dtype]
+        return embedding_bytes(self._parts.architecture, self._parts.recipe)
 
 
 def most(candidates: tuple[Candidate, ...]) -> Any:

@@ -43,6 +43,48 @@ def test_every_moment_reserves_what_the_simulation_does(keys: dict[str, Any]) ->
         assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.035)
 
 
+TRAINED_WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head and the embeddings": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {"trained_modules": ("embed_tokens", "lm_head"), "checkpointing": "full"},
+    ),
+    "a quantised base's in float32": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {"trained_modules": ("lm_head",), "quantization": "nf4-double"},
+    ),
+    "embeddings that were the head": (
+        "Qwen/Qwen2.5-0.5B",
+        {"trained_modules": ("embed_tokens",), "quantization": "nf4-double"},
+    ),
+    "scaled embeddings": (
+        "google/gemma-2b",
+        {"trained_modules": ("embed_tokens",), "checkpointing": "full"},
+    ),
+    "a head that was the embeddings": (
+        "openai-community/gpt2",
+        {"trained_modules": ("wte", "lm_head"), "checkpointing": "full"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "keys"), TRAINED_WHOLE.values(), ids=TRAINED_WHOLE)
+def test_modules_that_are_trained_whole_have_blocks_of_their_own(
+    model: str, keys: dict[str, Any]
+) -> None:
+    from memplan.simulator import simulate
+
+    recipe = Recipe(**keys | {"batch_size": 2, "sequence_length": 1024})
+    card = dataclasses.replace(CARD, capacity_bytes=10**12)
+
+    found = estimator.estimate(inspect(model), recipe, card)
+
+    simulated = simulate(inspect(model), recipe, card)
+    for ours, theirs in zip(found.moments[1:], simulated.moments[1:], strict=True):
+        assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.01)
+    peak = found.peak.allocated_bytes
+    assert peak == pytest.approx(simulated.peak.allocated_bytes, rel=0.01)
+
+
 def test_the_cache_is_what_is_reserved_beyond_what_is_allocated() -> None:
     found = footprint(quantization="nf4-double")
 
