@@ -8,7 +8,11 @@ from typing import Any
 from memplan.estimator.polynomials import larger
 from memplan.estimator.programs import LossBlocks
 from memplan.tape import LossTape
-from memplan.track import LossTrack
+from memplan.track import Events, LossTrack
+
+_ALIKE = 3
+"""Numbers of tokens, each twice the one before, at which a part is as long: a block in
+single precision is as long as one of twice the tokens in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,37 +52,67 @@ def _at(knots: tuple[int, ...], values: tuple[int, ...], tokens: Any) -> Any:
     return total
 
 
-def loss_blocks(track: LossTrack, tape: LossTape, tokens: int) -> LossBlocks:
-    """The blocks at `tokens`, by the track's number of tokens next above.
+def loss_blocks(
+    track: LossTrack, tape: LossTape, tokens: int, sequences: int = 1
+) -> LossBlocks:
+    """The blocks at `tokens` in so many sequences, by the track's numbers of tokens.
 
-    Where the one below has the same events, sizes lie on the line between the two.
-    Else the loss works on parts: a block that both have is as long as a part, any
-    other as long as the tokens are.
+    Where the one below and the one above have the same events, sizes lie on the line
+    between the two. Else the loss works on parts.
     """
     above = next(
         (n for n, knot in enumerate(track.tokens) if knot >= tokens and n),
         len(track.tokens) - 1,
     )
-    below = above - 1
-    low, high = track.tokens[below], track.tokens[above]
-    same = track.forward[below] == track.forward[above] and (
-        track.backward[below] == track.backward[above]
-    )
-    if same:
+    if _events(track, above - 1) == _events(track, above):
+        low, high = track.tokens[above - 1], track.tokens[above]
         share = (tokens - low) / (high - low)
-        pairs = zip(track.sizes[below], track.sizes[above], strict=True)
+        pairs = zip(track.sizes[above - 1], track.sizes[above], strict=True)
         sizes = tuple(round(one + share * (other - one)) for one, other in pairs)
+        read = above
     else:
-        parts = set(track.sizes[below])
-        sizes = tuple(
-            size if size in parts else round(size * tokens / high)
-            for size in track.sizes[above]
-        )
+        read, sizes = _in_parts(track, tokens, tokens - sequences)
     return LossBlocks(
         sizes=sizes,
-        lasting=tuple(track.lasting[above]),
-        input_gradient=track.input_gradient[above],
-        forward=track.forward[above],
-        backward=track.backward[above],
+        lasting=tuple(track.lasting[read]),
+        input_gradient=track.input_gradient[read],
+        forward=track.forward[read],
+        backward=track.backward[read],
         holds_input=tape.holds_input,
     )
+
+
+def _in_parts(
+    track: LossTrack, tokens: int, labels: int
+) -> tuple[int, tuple[int, ...]]:
+    """The number of tokens to read, and the sizes, of a loss that works on parts.
+
+    Read are the fewest tokens that make two parts: further ones come and go in the
+    place of the first. A block that more tokens have too is as long as a part, any
+    other as long as the tokens are. The last part has what labels are left over; its
+    blocks are those that a single part has too, and that grow with that.
+    """
+    whole = next(
+        n
+        for n in range(len(track.tokens))
+        if _events(track, n + 1) != _events(track, 0)
+    )
+    read = whole + 1
+    first = min(read, len(track.tokens) - _ALIKE)
+    of_parts = set.intersection(*map(set, track.sizes[first : first + _ALIKE]))
+    single = of_parts.intersection(track.sizes[whole])
+    of_last = single.difference(track.sizes[whole - 1]) if whole else set()
+    last = (labels - 1) % track.tokens[whole] + 1
+    share_of_last = last / (track.tokens[whole] - 1)
+    share = tokens / track.tokens[read]
+
+    def size(size: int) -> int:
+        if size in of_last:
+            return round(size * share_of_last)
+        return size if size in of_parts else round(size * share)
+
+    return read, tuple(map(size, track.sizes[read]))
+
+
+def _events(track: LossTrack, number: int) -> tuple[Events, Events]:
+    return track.forward[number], track.backward[number]

@@ -249,7 +249,7 @@ class _Replay:
         self._adapt_listings: dict[int, tuple[int, Listing]] = {}
         self._around = around_program(
             bodies[parts.regime],
-            loss_blocks(loss, parts.loss, self._tokens),
+            loss_blocks(loss, parts.loss, self._tokens, batch),
             self._values,
         )
         self._gradients: list[Any] = []

@@ -23,6 +23,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"sequence_length": 1024},
     "qlora": {"quantization": "nf4-double", "checkpointing": "full", "batch_size": 4},
     "int8": {"quantization": "int8", "checkpointing": "full"},
+    "chunks, the last of them half as long": {
+        "loss": "chunked-nll",
+        "checkpointing": "full",
+        "sequence_length": 384,
+    },
     "full": {"method": "full", "checkpointing": "full", "optimizer": "adamw-fused"},
 }
 
