@@ -69,49 +69,42 @@ def loss_blocks(
         share = (tokens - low) / (high - low)
         pairs = zip(track.sizes[above - 1], track.sizes[above], strict=True)
         sizes = tuple(round(one + share * (other - one)) for one, other in pairs)
-        read = above
     else:
-        read, sizes = _in_parts(track, tokens, tokens - sequences)
+        sizes = _in_parts(track, above, tokens, tokens - sequences)
     return LossBlocks(
         sizes=sizes,
-        lasting=tuple(track.lasting[read]),
-        input_gradient=track.input_gradient[read],
-        forward=track.forward[read],
-        backward=track.backward[read],
+        lasting=tuple(track.lasting[above]),
+        input_gradient=track.input_gradient[above],
+        forward=track.forward[above],
+        backward=track.backward[above],
         holds_input=tape.holds_input,
     )
 
 
 def _in_parts(
-    track: LossTrack, tokens: int, labels: int
-) -> tuple[int, tuple[int, ...]]:
-    """The number of tokens to read, and the sizes, of a loss that works on parts.
+    track: LossTrack, above: int, tokens: int, labels: int
+) -> tuple[int, ...]:
+    """The sizes of a loss that works on parts, as the number of tokens above has them.
 
-    Read are the fewest tokens that make two parts: further ones come and go in the
-    place of the first. A block that more tokens have too is as long as a part, any
-    other as long as the tokens are. The last part has what labels are left over; its
-    blocks are those that a single part has too, and that grow with that.
+    A block that more tokens have too is as long as a part, any other as long as the
+    tokens are. The last part has what labels are left over: its blocks are those that
+    a part that is alone has too, and that grow with that.
     """
-    whole = next(
-        n
-        for n in range(len(track.tokens))
-        if _events(track, n + 1) != _events(track, 0)
-    )
-    read = whole + 1
-    first = min(read, len(track.tokens) - _ALIKE)
+    alone = next(n for n in range(above) if _events(track, n + 1) != _events(track, n))
+    first = min(above, len(track.tokens) - _ALIKE)
     of_parts = set.intersection(*map(set, track.sizes[first : first + _ALIKE]))
-    single = of_parts.intersection(track.sizes[whole])
-    of_last = single.difference(track.sizes[whole - 1]) if whole else set()
-    last = (labels - 1) % track.tokens[whole] + 1
-    share_of_last = last / (track.tokens[whole] - 1)
-    share = tokens / track.tokens[read]
+    of_last = of_parts.intersection(track.sizes[alone])
+    of_last = of_last.difference(track.sizes[alone - 1]) if alone else set()
+    last = (labels - 1) % track.tokens[alone] + 1
+    share_of_last = last / (track.tokens[alone] - 1)
+    share = tokens / track.tokens[above]
 
     def size(size: int) -> int:
         if size in of_last:
             return round(size * share_of_last)
         return size if size in of_parts else round(size * share)
 
-    return read, tuple(map(size, track.sizes[read]))
+    return tuple(map(size, track.sizes[above]))
 
 
 def _events(track: LossTrack, number: int) -> tuple[Events, Events]:
