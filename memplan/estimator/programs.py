@@ -7,6 +7,7 @@ the most that is live counts; they are summed here and not listed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -384,10 +385,40 @@ def layer_program(
     values: Sizes,
     *,
     checkpointed: bool,
+    offloaded: bool,
 ) -> Program:
     """The program of one layer."""
+    track = _with_offloading(track) if offloaded else track
     num_passing = len(track.forward) if checkpointed else 0
     return _program(track, holes, values, track.forward, track.backward, num_passing)
+
+
+def _with_offloading(track: BlockTrack) -> BlockTrack:
+    """The track of a checkpointed layer whose input waits on the host.
+
+    The input goes when the layer's forward has ended, since the checkpoint keeps a copy
+    on the host (torch.autograd.graph.save_on_cpu). Backward takes a block for what
+    comes back, on the stream of all others, and drops it where it would the input.
+    """
+    inputs = [
+        index
+        for index, one in enumerate(track.foreign)
+        if one.offset == -1 and not one.in_backward and ["<", index] in track.backward
+    ]
+    returned = {index: len(track.sizes) + n for n, index in enumerate(inputs)}
+
+    def release(event: Any) -> Any:
+        is_foreign = not isinstance(event, int) and event[0] == "<"
+        if is_foreign and event[1] in returned:
+            return -1 - returned[event[1]]
+        return event
+
+    return dataclasses.replace(
+        track,
+        sizes=(*track.sizes, *(track.foreign[index].size for index in inputs)),
+        forward=(*track.forward, *(["<", index] for index in inputs)),
+        backward=(*returned.values(), *map(release, track.backward)),
+    )
 
 
 def unreached_program(

@@ -185,8 +185,6 @@ def reserved(
 
     Raises NotReplayedError for what no track is known of.
     """
-    if parts.recipe.offload:
-        raise NotReplayedError("What is offloaded is not replayed.")
     try:
         return _Replay(parts, batch, length, budget_bytes).run()
     except (MissingExtraError, UntracedError) as error:
@@ -239,6 +237,7 @@ class _Replay:
                 filled[id(part)],
                 self._values,
                 checkpointed=part.checkpointed,
+                offloaded=part.checkpointed and parts.recipe.offload,
             )
             for part in parts.groups
         }
