@@ -132,6 +132,8 @@ class _Compiler:
         self._gradients_of_outputs: dict[int, int] = {}
         """By hole: what its backward was given, where nothing else holds it."""
         self._done: set[int] = set()
+        self._ahead: dict[int, dict[int, int]] = {}
+        """By hole: numbers of the blocks of a backward that has begun already."""
         self._made: dict[tuple[bool, int], list[int]] = {}
         self._given: set[int] = set()
         self._in_backward = False
@@ -151,6 +153,9 @@ class _Compiler:
         """The operations of some events; a first few may keep nothing for backward."""
         self._lister = _Lister()
         self._in_backward = in_backward
+        asking = _asks_for_it(events)
+        if asking is not None:
+            self._begin_backward(asking)
         for place, event in enumerate(events):
             passes = place < num_passing
             if isinstance(event, int):
@@ -285,14 +290,10 @@ class _Compiler:
         track = filling.track
         polynomials = track.passing_sizes if passing else track.sizes
         output = track.passing_output if passing else track.output
-        numbers = {}
-        for number, polynomial in enumerate(polynomials):
-            size = round(value(polynomial, filling.sizes))
-            if number == output and made >= 0:
-                numbers[number] = made
-                self._sizes[made] = rounded(size)
-            else:
-                numbers[number] = self._add(size)
+        numbers = self._ahead.get(hole) or self._numbered(polynomials, filling)
+        if made >= 0:
+            self._sizes[made] = self._sizes[numbers[output]]
+            numbers[output] = made
         self._numbers[hole] = numbers
         events = track.passing if passing else track.forward
         self._hole_events(events, numbers, ())
@@ -302,6 +303,20 @@ class _Compiler:
             for number in sorted(alive - {output}):
                 is_weight = all("N" not in word for word in polynomials[number])
                 self._move(CACHE if is_weight else STICK, numbers[number])
+
+    def _numbered(self, polynomials: Sequence[Any], filling: Filling) -> dict[int, int]:
+        """Numbers here of the blocks of a linear layer's track."""
+        return {
+            number: self._add(round(value(polynomial, filling.sizes)))
+            for number, polynomial in enumerate(polynomials)
+        }
+
+    def _begin_backward(self, hole: int) -> None:
+        """What a hole's backward makes before a checkpoint computes the layer again."""
+        filling = self._holes[hole]
+        self._ahead[hole] = self._numbered(filling.track.sizes, filling)
+        begun = filling.track.backward[: filling.track.ahead]
+        self._hole_events(begun, self._ahead[hole], ())
 
     def _backward(self, hole: int, taken: int, made: int, own: int = 0) -> None:
         """A hole's backward, which may be the only one to hold what it takes."""
@@ -315,7 +330,8 @@ class _Compiler:
         if made >= 0:
             numbers[track.input_gradient] = made
         lasting = tuple(numbers[number] for number in track.lasting)
-        self._hole_events(track.backward, numbers, lasting, hole)
+        begun = track.ahead if hole in self._ahead else 0
+        self._hole_events(track.backward[begun:], numbers, lasting, hole)
         self._done.add(hole)
 
     def _hole_events(
@@ -370,6 +386,22 @@ class _Compiler:
         numbers = self._numbers[LOSS]
         lasting = tuple(numbers[number] for number in loss.lasting)
         self._hole_events(loss.backward, numbers, lasting, LOSS)
+
+
+def _asks_for_it(events: Events) -> int | None:
+    """The hole whose backward asks a checkpoint for what forward kept.
+
+    As in memplan.estimator.activations: nothing is made between its forward and that.
+    """
+    last: int | None = None
+    for event in events:
+        if isinstance(event, int):
+            last = None if event >= 0 else last
+        elif event[0] == "F":
+            last = event[1]
+        elif event[0] == "B":
+            return last if event[1] == last else None
+    return None
 
 
 def adapt_listing(holes: Sequence[Filling]) -> tuple[int, Listing]:

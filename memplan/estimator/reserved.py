@@ -433,12 +433,9 @@ class _Replay:
 
     def _in_layers(self) -> Iterator[tuple[int, GroupPart]]:
         """Each layer's number and part."""
-        every = self._recipe.every_n_layers
-        alike = every == 1 or self._recipe.checkpointing != "full"
         for part in self._parts.groups:
-            for layer in part.group.layers:
-                if alike or (layer % every == 0) == part.checkpointed:
-                    yield layer, part
+            for layer in part.layers:
+                yield layer, part
 
     def _fill(self, part: GroupPart) -> tuple[Filling, ...]:
         """What stands in the holes of a part's layers."""
