@@ -91,6 +91,10 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek-ai/DeepSeek-V2-Lite",
         {"targets": "all-linear", "checkpointing": "full"},
     ),
+    "importances are kept of adapters alone": (
+        "EleutherAI/pythia-70m",
+        {"method": "adalora", "trained_modules": ("embed_in",)},
+    ),
     "layers that are not checkpointed are gone before the one below runs": (
         "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
         {
