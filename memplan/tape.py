@@ -212,6 +212,12 @@ class LayerTape:
     output_dtype: str
     kept: tuple[Polynomial, ...]
     """Blocks that are kept from forward to backward."""
+    ahead: Polynomial
+    """What backward has made before it asks for what forward kept, as the product with
+    an adapter's scale, and a checkpoint computes that again."""
+    again: Stretch
+    """That forward, which stops once all that backward asks for is there; its net is
+    that of one that goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,6 +337,8 @@ def layer_tape(data: Mapping[str, Any]) -> LayerTape:
         stuck=data["stuck"],
         output_dtype=data["output_dtype"],
         kept=tuple(data["kept"]),
+        ahead=data["ahead"],
+        again=_stretch(data["again"]),
     )
 
 

@@ -82,6 +82,8 @@ class LayerTrack:
     input_gradient: int
     forward: Events
     backward: Events
+    ahead: int
+    """Events of backward before it asks for what forward kept."""
     passing_sizes: tuple[Polynomial, ...]
     passing_output: int
     passing: Events

@@ -23,6 +23,8 @@ TAPE = LayerTape(
     stuck={},
     output_dtype="bfloat16",
     kept=({"Nr": 4},),
+    ahead={"No": 4},
+    again=Stretch(net={"No": 2}, peaks=({"No": 2},)),
 )
 
 

@@ -59,9 +59,16 @@ class Walk:
         """Copies of weights that live as long as the forward's autocast."""
         self.stuck: Any = 0
         """Bytes that stay live until the graph is dropped."""
+        self._ahead: Any = 0
+        """Bytes of a hole's backward that came before a checkpoint ran again."""
 
     def run(self, tape: Tape, *, passing: bool = False) -> None:
         """Walks a tape; `passing` is a checkpoint's first forward."""
+        asking = asks_for_it(tape)
+        if asking is not None:
+            hole = self._holes[asking]
+            self._ahead = value(hole.tape.ahead, hole.sizes)
+            self.live = self.live + self._ahead
         for item in tape:
             if isinstance(item, Stretch):
                 self.stretch(item, self._sizes)
@@ -70,6 +77,8 @@ class Walk:
             elif item.kind == "F":
                 hole = self._holes[item.holes[0]]
                 made = hole.tape.passing if passing else hole.tape.forward
+                if item.holes == (asking,):
+                    made = hole.tape.again
                 self.stretch(made, hole.sizes)
                 if passing:
                     self.cached = self.cached + value(hole.tape.cached, hole.sizes)
@@ -106,6 +115,7 @@ class Walk:
         """A hole's backward, which may release what it is given and what it holds."""
         (number,) = mark.holes
         hole = self._holes[number]
+        self.live, self._ahead = self.live - self._ahead, 0
         owned = {
             "x": self._held.pop(number, 0),
             "y": value(mark.size, self._sizes),
@@ -121,6 +131,23 @@ class Walk:
         if not self._accumulates:
             self.live = self.live + gradient
         self._done.add(number)
+
+
+def asks_for_it(tape: Tape) -> int | None:
+    """The hole whose backward asks a checkpoint to compute again what forward kept.
+
+    None where something else does, behind the last hole: then a block is made between
+    that hole's forward and its backward.
+    """
+    last: int | None = None
+    for item in tape:
+        if isinstance(item, Stretch):
+            last = None if item.peaks else last
+        elif item.kind == "F":
+            (last,) = item.holes
+        elif item.kind == "B":
+            return last if item.holes == (last,) else None
+    return None
 
 
 def last_holder(tapes: Mapping[int, LayerTape], done: Container[int]) -> int | None:

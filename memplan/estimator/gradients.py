@@ -8,6 +8,7 @@ from typing import Any
 from memplan.architecture import Architecture
 from memplan.estimator.layout import Role
 from memplan.estimator.polynomials import larger, rounded, smaller
+from memplan.estimator.regimes import dtype_outside
 from memplan.estimator.trained import Trained, shapes_of
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.recipe import Recipe
@@ -45,14 +46,15 @@ def embedding_scratch_bytes(architecture: Architecture, tokens: Any) -> Any:
 
 
 def embedding_bytes(architecture: Architecture, recipe: Recipe) -> int:
-    """The gradient of the input embedding."""
+    """The gradient of the token embeddings, and that of a head of their shape."""
     numbers = architecture.vocab_size * architecture.hidden_size
-    return rounded(numbers * DTYPE_BYTES[recipe.dtype])
+    return rounded(numbers * DTYPE_BYTES[dtype_outside(recipe)])
 
 
-def is_tied(architecture: Architecture) -> bool:
-    """Whether the head is the input embedding."""
-    return not any(linear.kind == "head" for linear in architecture.linears)
+def is_tied(architecture: Architecture, recipe: Recipe) -> bool:
+    """Whether the head is the token embeddings and has no copy of its own to train."""
+    has_head = any(linear.kind == "head" for linear in architecture.linears)
+    return recipe.method == "full" and not has_head
 
 
 def is_transposed(recipe: Recipe) -> bool:
@@ -72,5 +74,5 @@ def embedding_copies(architecture: Architecture, recipe: Recipe) -> int:
     A tied head's waits for the embedding's own, and their sum may be a third; where
     gradients accumulate, the step's is added to the kept one.
     """
-    tied = is_tied(architecture)
+    tied = is_tied(architecture, recipe)
     return (recipe.accumulation > 1) + tied * (1 + is_transposed(recipe))

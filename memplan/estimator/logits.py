@@ -8,7 +8,11 @@ from typing import Any
 from memplan.estimator.polynomials import larger
 from memplan.estimator.programs import LossBlocks
 from memplan.tape import LossTape
-from memplan.track import LossTrack
+from memplan.track import Events, LossTrack
+
+_ALIKE = 3
+"""Numbers of tokens, each twice the one before, at which a part is as long: a block in
+single precision is as long as one of twice the tokens in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,32 +52,25 @@ def _at(knots: tuple[int, ...], values: tuple[int, ...], tokens: Any) -> Any:
     return total
 
 
-def loss_blocks(track: LossTrack, tape: LossTape, tokens: int) -> LossBlocks:
-    """The blocks at `tokens`, by the track's number of tokens next above.
+def loss_blocks(
+    track: LossTrack, tape: LossTape, tokens: int, sequences: int = 1
+) -> LossBlocks:
+    """The blocks at `tokens` in so many sequences, by the track's numbers of tokens.
 
-    Where the one below has the same events, sizes lie on the line between the two.
-    Else the loss works on parts: a block that both have is as long as a part, any
-    other as long as the tokens are.
+    Where the one below and the one above have the same events, sizes lie on the line
+    between the two. Else the loss works on parts.
     """
     above = next(
         (n for n, knot in enumerate(track.tokens) if knot >= tokens and n),
         len(track.tokens) - 1,
     )
-    below = above - 1
-    low, high = track.tokens[below], track.tokens[above]
-    same = track.forward[below] == track.forward[above] and (
-        track.backward[below] == track.backward[above]
-    )
-    if same:
+    if _events(track, above - 1) == _events(track, above):
+        low, high = track.tokens[above - 1], track.tokens[above]
         share = (tokens - low) / (high - low)
-        pairs = zip(track.sizes[below], track.sizes[above], strict=True)
+        pairs = zip(track.sizes[above - 1], track.sizes[above], strict=True)
         sizes = tuple(round(one + share * (other - one)) for one, other in pairs)
     else:
-        parts = set(track.sizes[below])
-        sizes = tuple(
-            size if size in parts else round(size * tokens / high)
-            for size in track.sizes[above]
-        )
+        sizes = _in_parts(track, above, tokens, tokens - sequences)
     return LossBlocks(
         sizes=sizes,
         lasting=tuple(track.lasting[above]),
@@ -82,3 +79,33 @@ def loss_blocks(track: LossTrack, tape: LossTape, tokens: int) -> LossBlocks:
         backward=track.backward[above],
         holds_input=tape.holds_input,
     )
+
+
+def _in_parts(
+    track: LossTrack, above: int, tokens: int, labels: int
+) -> tuple[int, ...]:
+    """The sizes of a loss that works on parts, as the number of tokens above has them.
+
+    A block that more tokens have too is as long as a part, any other as long as the
+    tokens are. The last part has what labels are left over: its blocks are those that
+    a part that is alone has too, and that grow with that.
+    """
+    alone = next(n for n in range(above) if _events(track, n + 1) != _events(track, n))
+    first = min(above, len(track.tokens) - _ALIKE)
+    of_parts = set.intersection(*map(set, track.sizes[first : first + _ALIKE]))
+    of_last = of_parts.intersection(track.sizes[alone])
+    of_last = of_last.difference(track.sizes[alone - 1]) if alone else set()
+    last = (labels - 1) % track.tokens[alone] + 1
+    share_of_last = last / (track.tokens[alone] - 1)
+    share = tokens / track.tokens[above]
+
+    def size(size: int) -> int:
+        if size in of_last:
+            return round(size * share_of_last)
+        return size if size in of_parts else round(size * share)
+
+    return tuple(map(size, track.sizes[above]))
+
+
+def _events(track: LossTrack, number: int) -> tuple[Events, Events]:
+    return track.forward[number], track.backward[number]

@@ -19,7 +19,11 @@ NORM_BYTES = 512
 
 
 def state_bytes(trained: Trained, recipe: Recipe) -> int:
-    """S = sum over trained tensors of the bytes of their state, by the optimizer."""
+    """S = sum over trained tensors of the bytes of their state, by the optimizer.
+
+    What a method keeps besides is of adapters alone (`lora_` in RankAllocator's
+    update_ipt, peft.tuners.adalora.layer).
+    """
     optimizer = optimizers.find(recipe.optimizer)
     own = methods.find(recipe.method).optimizer_bytes_per_number
     return sum(
@@ -29,7 +33,7 @@ def state_bytes(trained: Trained, recipe: Recipe) -> int:
                 rounded,
                 (
                     *optimizer.state_bytes(t.shape, t.item),
-                    own * math.prod(t.shape),
+                    0 if t.is_copy else own * math.prod(t.shape),
                 ),
             )
         )

@@ -7,6 +7,7 @@ the most that is live counts; they are summed here and not listed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,6 +132,8 @@ class _Compiler:
         self._gradients_of_outputs: dict[int, int] = {}
         """By hole: what its backward was given, where nothing else holds it."""
         self._done: set[int] = set()
+        self._ahead: dict[int, dict[int, int]] = {}
+        """By hole: numbers of the blocks of a backward that has begun already."""
         self._made: dict[tuple[bool, int], list[int]] = {}
         self._given: set[int] = set()
         self._in_backward = False
@@ -150,6 +153,9 @@ class _Compiler:
         """The operations of some events; a first few may keep nothing for backward."""
         self._lister = _Lister()
         self._in_backward = in_backward
+        asking = _asks_for_it(events)
+        if asking is not None:
+            self._begin_backward(asking)
         for place, event in enumerate(events):
             passes = place < num_passing
             if isinstance(event, int):
@@ -284,14 +290,10 @@ class _Compiler:
         track = filling.track
         polynomials = track.passing_sizes if passing else track.sizes
         output = track.passing_output if passing else track.output
-        numbers = {}
-        for number, polynomial in enumerate(polynomials):
-            size = round(value(polynomial, filling.sizes))
-            if number == output and made >= 0:
-                numbers[number] = made
-                self._sizes[made] = rounded(size)
-            else:
-                numbers[number] = self._add(size)
+        numbers = self._ahead.get(hole) or self._numbered(polynomials, filling)
+        if made >= 0:
+            self._sizes[made] = self._sizes[numbers[output]]
+            numbers[output] = made
         self._numbers[hole] = numbers
         events = track.passing if passing else track.forward
         self._hole_events(events, numbers, ())
@@ -301,6 +303,20 @@ class _Compiler:
             for number in sorted(alive - {output}):
                 is_weight = all("N" not in word for word in polynomials[number])
                 self._move(CACHE if is_weight else STICK, numbers[number])
+
+    def _numbered(self, polynomials: Sequence[Any], filling: Filling) -> dict[int, int]:
+        """Numbers here of the blocks of a linear layer's track."""
+        return {
+            number: self._add(round(value(polynomial, filling.sizes)))
+            for number, polynomial in enumerate(polynomials)
+        }
+
+    def _begin_backward(self, hole: int) -> None:
+        """What a hole's backward makes before a checkpoint computes the layer again."""
+        filling = self._holes[hole]
+        self._ahead[hole] = self._numbered(filling.track.sizes, filling)
+        begun = filling.track.backward[: filling.track.ahead]
+        self._hole_events(begun, self._ahead[hole], ())
 
     def _backward(self, hole: int, taken: int, made: int, own: int = 0) -> None:
         """A hole's backward, which may be the only one to hold what it takes."""
@@ -314,7 +330,8 @@ class _Compiler:
         if made >= 0:
             numbers[track.input_gradient] = made
         lasting = tuple(numbers[number] for number in track.lasting)
-        self._hole_events(track.backward, numbers, lasting, hole)
+        begun = track.ahead if hole in self._ahead else 0
+        self._hole_events(track.backward[begun:], numbers, lasting, hole)
         self._done.add(hole)
 
     def _hole_events(
@@ -371,6 +388,22 @@ class _Compiler:
         self._hole_events(loss.backward, numbers, lasting, LOSS)
 
 
+def _asks_for_it(events: Events) -> int | None:
+    """The hole whose backward asks a checkpoint for what forward kept.
+
+    As in memplan.estimator.activations: nothing is made between its forward and that.
+    """
+    last: int | None = None
+    for event in events:
+        if isinstance(event, int):
+            last = None if event >= 0 else last
+        elif event[0] == "F":
+            last = event[1]
+        elif event[0] == "B":
+            return last if event[1] == last else None
+    return None
+
+
 def adapt_listing(holes: Sequence[Filling]) -> tuple[int, Listing]:
     """While a layer's linear layers are adapted, and how many blocks are numbered."""
     compiler = _Compiler((), Sizes({"": 1}), (), dict(enumerate(holes)), ())
@@ -384,10 +417,40 @@ def layer_program(
     values: Sizes,
     *,
     checkpointed: bool,
+    offloaded: bool,
 ) -> Program:
     """The program of one layer."""
+    track = _with_offloading(track) if offloaded else track
     num_passing = len(track.forward) if checkpointed else 0
     return _program(track, holes, values, track.forward, track.backward, num_passing)
+
+
+def _with_offloading(track: BlockTrack) -> BlockTrack:
+    """The track of a checkpointed layer whose input waits on the host.
+
+    The input goes when the layer's forward has ended, since the checkpoint keeps a copy
+    on the host (torch.autograd.graph.save_on_cpu). Backward takes a block for what
+    comes back, on the stream of all others, and drops it where it would the input.
+    """
+    inputs = [
+        index
+        for index, one in enumerate(track.foreign)
+        if one.offset == -1 and not one.in_backward and ["<", index] in track.backward
+    ]
+    returned = {index: len(track.sizes) + n for n, index in enumerate(inputs)}
+
+    def release(event: Any) -> Any:
+        is_foreign = not isinstance(event, int) and event[0] == "<"
+        if is_foreign and event[1] in returned:
+            return -1 - returned[event[1]]
+        return event
+
+    return dataclasses.replace(
+        track,
+        sizes=(*track.sizes, *(track.foreign[index].size for index in inputs)),
+        forward=(*track.forward, *(["<", index] for index in inputs)),
+        backward=(*returned.values(), *map(release, track.backward)),
+    )
 
 
 def unreached_program(

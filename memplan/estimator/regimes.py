@@ -208,6 +208,17 @@ def is_head_trained(recipe: Recipe) -> bool:
     return recipe.method == "full" or "lm_head" in recipe.trained_modules
 
 
+def is_embedding_trained(architecture: Architecture, recipe: Recipe) -> bool:
+    """Whether the token embeddings get a gradient."""
+    embedding = (architecture.vocab_size, architecture.hidden_size)
+    return recipe.method == "full" or any(
+        parameter.path.rpartition(".")[0].endswith(name)
+        for parameter in architecture.parameters
+        if parameter.kind == "embedding" and parameter.shape == embedding
+        for name in recipe.trained_modules
+    )
+
+
 def loss_regime(recipe: Recipe, hidden_dtype: str) -> LossRegime:
     """The regime of head and loss on hidden states of that precision."""
     dtype, same = dtype_outside(recipe), _same_sizes(recipe)

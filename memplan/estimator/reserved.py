@@ -21,6 +21,7 @@ from memplan.cublas import workspace_bytes
 from memplan.errors import MemplanError, MissingExtraError, UntracedError
 from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.gradients import (
+    embedding_bytes,
     embedding_scratch_bytes,
     is_tied,
     is_transposed,
@@ -47,7 +48,7 @@ from memplan.estimator.programs import (
     layer_program,
     unreached_program,
 )
-from memplan.estimator.regimes import is_prepared, loss_regime
+from memplan.estimator.regimes import is_embedding_trained, is_prepared, loss_regime
 from memplan.estimator.schedule import GroupPart, Parts, workspaces
 from memplan.estimator.trained import in_order
 from memplan.estimator.weights import DTYPE_BYTES
@@ -184,8 +185,6 @@ def reserved(
 
     Raises NotReplayedError for what no track is known of.
     """
-    if parts.recipe.offload:
-        raise NotReplayedError("What is offloaded is not replayed.")
     try:
         return _Replay(parts, batch, length, budget_bytes).run()
     except (MissingExtraError, UntracedError) as error:
@@ -238,6 +237,7 @@ class _Replay:
                 filled[id(part)],
                 self._values,
                 checkpointed=part.checkpointed,
+                offloaded=part.checkpointed and parts.recipe.offload,
             )
             for part in parts.groups
         }
@@ -248,7 +248,7 @@ class _Replay:
         self._adapt_listings: dict[int, tuple[int, Listing]] = {}
         self._around = around_program(
             bodies[parts.regime],
-            loss_blocks(loss, parts.loss, self._tokens),
+            loss_blocks(loss, parts.loss, self._tokens, batch),
             self._values,
         )
         self._gradients: list[Any] = []
@@ -353,9 +353,10 @@ class _Replay:
     def _tensors(self) -> Iterator[_Tensor]:
         """Every tensor, in the order of modules."""
         architecture, layout = self._parts.architecture, self._parts.layout
-        tied = is_tied(architecture)
         for parameter in architecture.parameters:
-            is_head = tied and parameter.shape[0] == architecture.vocab_size
+            is_head = (
+                architecture.tied and parameter.shape[0] == architecture.vocab_size
+            )
             yield _Tensor(
                 name=parameter.path,
                 numbers=parameter.num_parameters,
@@ -385,10 +386,21 @@ class _Replay:
             card.large.empty_cache()
         if recipe.method == "full":
             return
+        self._install()
+        for tensor in in_order(self._parts.trained):
+            if tensor.is_copy:
+                card.take(tensor.bytes_each)
+
+    def _install(self) -> None:
+        """Makes the adapters, layer by layer."""
+        recipe, card = self._recipe, self._card
         method = methods.find(recipe.method)
         linears = [role.linear for role, _ in self._parts.layout.linears]
         if method.shared_shapes(linears, recipe.rank):
-            card.take(self._parts.adapters)
+            copies = (t for t in self._parts.trained.tensors if t.is_copy)
+            card.take(
+                self._parts.adapters - sum(t.count * t.bytes_each for t in copies)
+            )
             return
         for holes in self._order:
             num_blocks, listing = self._adapting(holes)
@@ -421,12 +433,9 @@ class _Replay:
 
     def _in_layers(self) -> Iterator[tuple[int, GroupPart]]:
         """Each layer's number and part."""
-        every = self._recipe.every_n_layers
-        alike = every == 1 or self._recipe.checkpointing != "full"
         for part in self._parts.groups:
-            for layer in part.group.layers:
-                if alike or (layer % every == 0) == part.checkpointed:
-                    yield layer, part
+            for layer in part.layers:
+                yield layer, part
 
     def _fill(self, part: GroupPart) -> tuple[Filling, ...]:
         """What stands in the holes of a part's layers."""
@@ -458,7 +467,7 @@ class _Replay:
             self._around,
             self._gradients,
             first=first,
-            tied=is_tied(self._parts.architecture),
+            tied=is_tied(self._parts.architecture, self._recipe),
         )
         self._take_light_workspace()
         run.forward()
@@ -468,7 +477,7 @@ class _Replay:
         self._moment = f"{step}.backward"
         self._take_light_workspace()
         run.backward()
-        if self._recipe.method == "full":
+        if is_embedding_trained(self._parts.architecture, self._recipe):
             self._embedding_gradient(run.head, first=first)
         self._left += run.end()
         if keep == "none":
@@ -488,8 +497,7 @@ class _Replay:
     def _embedding_gradient(self, head: list[Any], *, first: bool) -> None:
         """The embedding's gradient, and its sum with a tied head's that waits."""
         architecture, card = self._parts.architecture, self._card
-        numbers = architecture.vocab_size * architecture.hidden_size
-        size = DTYPE_BYTES[self._recipe.dtype] * numbers
+        size = embedding_bytes(architecture, self._recipe)
         gradient = card.take(size)
         scratch = round(embedding_scratch_bytes(architecture, self._tokens))
         card.give(card.take(scratch))

@@ -43,13 +43,14 @@ from memplan.estimator.optimizer import (
 from memplan.estimator.polynomials import Sizes, larger, value
 from memplan.estimator.regimes import (
     first_regime,
+    is_embedding_trained,
     is_head_trained,
     layer_regime,
     loss_regime,
     model_regime,
 )
 from memplan.estimator.trained import Trained, trained
-from memplan.estimator.weights import DTYPE_BYTES, WeightBytes, weight_bytes
+from memplan.estimator.weights import WeightBytes, weight_bytes
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.tape import (
@@ -81,7 +82,8 @@ class GroupPart:
     """Layers of one kind and their tapes."""
 
     group: Group
-    count: int
+    layers: tuple[int, ...]
+    """Their positions in the block's stack."""
     checkpointed: bool
     regime: Regime
     kind: int
@@ -93,6 +95,10 @@ class GroupPart:
     passing: BlockTape | None = None
     """The tape of the layers under a checkpoint, where one of them is the first that
     needs a gradient, and needs none before an adapted linear layer within it."""
+
+    @property
+    def count(self) -> int:
+        return len(self.layers)
 
     @property
     def adapted(self) -> frozenset[int]:
@@ -158,7 +164,7 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
         groups=tuple(
             _group(
                 group,
-                count,
+                layers,
                 kinds.index(group.block),
                 each,
                 first_layer,
@@ -167,8 +173,8 @@ def parts_of(architecture: Architecture, recipe: Recipe, gpu: Gpu) -> Parts:
             )
             for group in layout.groups
             if group.block.stack == stack
-            for count, each in _by_checkpoint(regime, group, recipe)
-            if count
+            for layers, each in _by_checkpoint(regime, group, recipe)
+            if layers
         ),
         trained=tensors,
         weights=weight_bytes(architecture, layout, recipe),
@@ -225,23 +231,24 @@ def _outputs(
 
 def _by_checkpoint(
     regime: Regime, group: Group, recipe: Recipe
-) -> Iterator[tuple[int, Regime]]:
-    """How many layers of a group are checkpointed, how many not, with their regimes.
+) -> Iterator[tuple[tuple[int, ...], Regime]]:
+    """Layers of a group that are checkpointed, and that are not, with their regimes.
 
     transformers checkpoints every n-th layer, the first included.
     """
     every = recipe.every_n_layers if recipe.checkpointing == "full" else 1
     if every == 1:
-        yield group.count, regime
+        yield group.layers, regime
         return
-    count = sum(layer % every == 0 for layer in group.layers)
-    yield count, regime
-    yield group.count - count, dataclasses.replace(regime, checkpointed=False)
+    checkpointed = tuple(layer for layer in group.layers if layer % every == 0)
+    others = tuple(layer for layer in group.layers if layer % every)
+    yield checkpointed, regime
+    yield others, dataclasses.replace(regime, checkpointed=False)
 
 
 def _group(  # noqa: PLR0913 - each says what the layers are
     group: Group,
-    count: int,
+    layers: tuple[int, ...],
     kind: int,
     regime: Regime,
     first: int | None,
@@ -269,7 +276,7 @@ def _group(  # noqa: PLR0913 - each says what the layers are
         )
     part = GroupPart(
         group=group,
-        count=count,
+        layers=layers,
         checkpointed=regime.checkpointed,
         regime=regime,
         kind=kind,
@@ -377,9 +384,9 @@ class _Stepper:
             layer for part in parts.groups for layer in self._layers_of(part)
         ]
         self._loss = loss_bytes(parts.loss, self._tokens)
-        self._kept = sum(count * layer.kept for _, count, layer in self._layers)
-        self._cached = sum(count * layer.cached for _, count, layer in self._layers)
-        self._stuck = sum(count * layer.stuck for _, count, layer in self._layers)
+        self._kept = sum(len(own) * layer.kept for _, own, layer in self._layers)
+        self._cached = sum(len(own) * layer.cached for _, own, layer in self._layers)
+        self._stuck = sum(len(own) * layer.stuck for _, own, layer in self._layers)
         self._start = value(parts.tape.before.net, self._sizes)
         self._start = self._start + value(parts.tape.carried, self._sizes)
 
@@ -394,8 +401,9 @@ class _Stepper:
 
     def _layers_of(
         self, part: GroupPart
-    ) -> Iterator[tuple[GroupPart, int, LayerBytes]]:
-        """Layers that are alike, and how many; the first may be apart."""
+    ) -> Iterator[tuple[GroupPart, tuple[int, ...], LayerBytes]]:
+        """Layers that are alike, and their positions; the first may be apart."""
+        reached = part.layers[part.unreached :]
         holes = self._holes(part)
         layer = layer_bytes(
             part.tape,
@@ -406,7 +414,7 @@ class _Stepper:
             accumulates=self._accumulates,
         )
         if part.passing is None:
-            yield part, part.count - part.unreached, layer
+            yield part, reached, layer
             return
         first = first_layer_bytes(
             part.tape,
@@ -416,8 +424,8 @@ class _Stepper:
             part.adapted,
             accumulates=self._accumulates,
         )
-        yield part, part.count - part.unreached - 1, layer
-        yield part, 1, first
+        yield part, reached[1:], layer
+        yield part, reached[:1], first
 
     def _holes(self, part: GroupPart) -> tuple[Hole, ...]:
         return tuple(
@@ -444,8 +452,8 @@ class _Stepper:
         gradients = self._parts.gradients if self._accumulates else 0
         for peak in self._parts.tape.before.peaks:
             yield Candidate(activations=value(peak, self._sizes), gradients=gradients)
-        for _, _, layer in self._layers:
-            below = self._start + self._kept - layer.kept
+        for _, own, layer in self._layers:
+            below = self._start + self._kept - layer.kept - self._above(own)
             yield Candidate(activations=below + layer.forward_peak, gradients=gradients)
 
     def _around_loss(self) -> tuple[list[Candidate], list[Candidate], Any]:
@@ -495,11 +503,14 @@ class _Stepper:
         At the top no layer has its gradient yet, at the bottom all others have.
         """
         parts = self._parts
-        full = parts.recipe.method == "full"
-        embedding = embedding_bytes(parts.architecture, parts.recipe) if full else 0
-        for part, _, layer in self._layers:
+        trains_embedding = is_embedding_trained(parts.architecture, parts.recipe)
+        embedding = (
+            embedding_bytes(parts.architecture, parts.recipe) if trains_embedding else 0
+        )
+        for part, positions, layer in self._layers:
             own = sum(linear.gradient_bytes for linear in part.linears)
             pile = self._kept - self._cached - (layer.kept - layer.cached)
+            pile = pile - self._above(positions)
             top = self._head_gradients()
             bottom = parts.gradients - own - (0 if self._is_tied else embedding)
             if self._accumulates:
@@ -512,13 +523,22 @@ class _Stepper:
             yield Candidate(
                 activations=rest + stuck + layer.backward_peak, gradients=bottom
             )
-        if full:
+        if trains_embedding:
             scratch = embedding_scratch_bytes(parts.architecture, self._tokens)
             again = embedding_copies(parts.architecture, parts.recipe)
             yield Candidate(
                 activations=rest + self._stuck + scratch + again * embedding,
                 gradients=parts.gradients,
             )
+
+    def _above(self, layers: tuple[int, ...]) -> Any:
+        """What the layers keep that come after the last of these."""
+        if not layers:
+            return 0
+        return sum(
+            sum(number > layers[-1] for number in others) * (layer.kept - layer.cached)
+            for _, others, layer in self._layers
+        )
 
     @property
     def _stuck_in_output(self) -> Any:
@@ -527,14 +547,12 @@ class _Stepper:
 
     @property
     def _is_tied(self) -> bool:
-        return is_tied(self._parts.architecture)
+        return is_tied(self._parts.architecture, self._parts.recipe)
 
     def _head_gradients(self) -> int:
         if not is_head_trained(self._parts.recipe):
             return 0
-        architecture = self._parts.architecture
-        numbers = architecture.vocab_size * architecture.hidden_size
-        return numbers * DTYPE_BYTES[self._parts.recipe.dtype]
+        return embedding_bytes(self._parts.architecture, self._parts.recipe)
 
 
 def most(candidates: tuple[Candidate, ...]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from memplan import methods
-from memplan.architecture import Architecture
+from memplan.architecture import Architecture, Parameter
 from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.layout import Layout, Role
 from memplan.estimator.regimes import dtype_outside, is_head_trained
@@ -30,6 +30,8 @@ class Tensors:
     """Whether the step reaches them: it passes by a vision tower."""
     place: int = 0
     """-1 before the layers, 1 behind them, 0 in each of `count` layers."""
+    is_copy: bool = False
+    """Whether it is of the copy of a module, which is trained beside adapters."""
 
     @property
     def bytes_each(self) -> int:
@@ -122,21 +124,27 @@ def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
     def is_named(path: str) -> bool:
         return any(path.endswith(name) for name in recipe.trained_modules)
 
-    for linear in architecture.linears:
-        if is_named(linear.path):
-            yield Tensors(
-                shape=(linear.out_features, linear.in_features), count=1, item=item
-            )
-    if architecture.tied and is_head_trained(recipe):
-        head = (architecture.vocab_size, architecture.hidden_size)
-        yield Tensors(shape=head, count=1, item=item)
+    def copied(shape: Shape, place: int, count: int = 1) -> Tensors:
+        return Tensors(shape=shape, count=count, item=item, place=place, is_copy=True)
+
     for parameter in architecture.parameters:
         if is_named(parameter.path.rpartition(".")[0]):
-            yield Tensors(shape=parameter.shape, count=1, item=item)
+            yield copied(parameter.shape, _place(parameter))
     for block in architecture.blocks:
         for parameter in block.parameters:
             if is_named(parameter.path.rpartition(".")[0]):
-                yield Tensors(shape=parameter.shape, count=len(block.layers), item=item)
+                yield copied(parameter.shape, 0, len(block.layers))
+    for linear in architecture.linears:
+        if is_named(linear.path):
+            yield copied((linear.out_features, linear.in_features), 1)
+            if linear.bias:
+                yield copied((linear.out_features,), 1)
+    if architecture.tied and is_head_trained(recipe):
+        yield copied((architecture.vocab_size, architecture.hidden_size), 1)
+
+
+def _place(parameter: Parameter) -> int:
+    return -1 if parameter.kind == "embedding" else 1
 
 
 def _all(
@@ -158,8 +166,9 @@ def _all(
         for tensors in _whole(role, 1, item, reached=reached):
             yield dataclasses.replace(tensors, place=1)
     for parameter in architecture.parameters:
-        place = -1 if parameter.kind == "embedding" else 1
-        yield Tensors(shape=parameter.shape, count=1, item=item, place=place)
+        yield Tensors(
+            shape=parameter.shape, count=1, item=item, place=_place(parameter)
+        )
 
 
 def _whole(role: Role, count: int, item: int, *, reached: bool) -> Iterator[Tensors]:

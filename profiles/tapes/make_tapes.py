@@ -36,7 +36,8 @@ CARDS = ("RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3", "T4")
 """Flash attention on small and on large cards, cuDNN's, the memory-efficient one."""
 
 FEW = "Tesla T4"
-"""The card of which only the most usual recipes are traced, in the half it knows."""
+"""The card of which only the most usual recipes are traced, in both halves: it knows
+one, and has no fast kernel for the other."""
 
 LAYER_MODELS = (
     "meta-llama/Llama-2-7b-hf",
@@ -198,14 +199,15 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
         return False
     lengths = (512, LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
-        told = keys
+        asked = [keys]
         if card.name == FEW:
-            if not keys.keys() <= {"checkpointing", "quantization"}:
+            if not keys.keys() <= {"checkpointing", "quantization", "method"}:
                 continue
-            told = keys | {"dtype": "float16", "compute_dtype": "float16"}
-        with contextlib.suppress(InputError):
-            recipe = Recipe(**told, sequence_length=length)
-            tracks_of(parts_of(architecture, recipe, card))
+            asked.append(keys | {"dtype": "float16", "compute_dtype": "float16"})
+        for told in asked:
+            with contextlib.suppress(InputError):
+                recipe = Recipe(**told, sequence_length=length)
+                tracks_of(parts_of(architecture, recipe, card))
     name = tapes.name_of(architecture)
     for kind in tapes.KINDS:
         lines = tapes.file_of(architecture, kind).lines

@@ -95,6 +95,19 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "openai/gpt-oss-20b",
         {"sequence_length": 2048, "targets": "attention"},
     ),
+    "importances are kept of adapters alone": (
+        "EleutherAI/pythia-70m",
+        {"method": "adalora", "trained_modules": ("embed_in",)},
+    ),
+    "layers that are not checkpointed are gone before the one below runs": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {
+            "quantization": "nf4-double",
+            "checkpointing": "full",
+            "every_n_layers": 2,
+            "batch_size": 4,
+        },
+    ),
     "dora under TRL promotes the residual stream": (
         "EleutherAI/pythia-70m",
         {"method": "dora", "trainer": "trl", "quantization": "nf4-double"},
@@ -116,6 +129,26 @@ def test_what_decides_a_peak_is_found(model: str, keys: dict[str, Any]) -> None:
         if "ward" in ours.label:
             told = theirs.allocated_bytes
             assert ours.allocated_bytes == pytest.approx(told, rel=0.02), ours.label
+
+
+def test_what_runs_again_stops_early_beside_the_last_product() -> None:
+    """Either block is 0.8 % of the peak."""
+    from memplan.simulator import simulate
+
+    model = inspect("TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+    recipe = Recipe(
+        trainer="trl",
+        loss="chunked",
+        checkpointing="full",
+        batch_size=8,
+        sequence_length=1024,
+    )
+    card = find_gpu("RTX 4090")
+
+    found = estimate(model, recipe, card).peak.allocated_bytes
+
+    simulated = simulate(model, recipe, card).peak.allocated_bytes
+    assert found == pytest.approx(simulated, rel=0.002)
 
 
 def test_moments_are_the_simulation_s() -> None:

@@ -23,6 +23,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora": {"sequence_length": 1024},
     "qlora": {"quantization": "nf4-double", "checkpointing": "full", "batch_size": 4},
     "int8": {"quantization": "int8", "checkpointing": "full"},
+    "chunks, the last of them half as long": {
+        "loss": "chunked-nll",
+        "checkpointing": "full",
+        "sequence_length": 384,
+    },
     "full": {"method": "full", "checkpointing": "full", "optimizer": "adamw-fused"},
 }
 
@@ -41,6 +46,48 @@ def test_every_moment_reserves_what_the_simulation_does(keys: dict[str, Any]) ->
     for ours, theirs in zip(footprint(**keys).moments, simulated.moments, strict=True):
         assert ours.label == theirs.label
         assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.035)
+
+
+TRAINED_WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head and the embeddings": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {"trained_modules": ("embed_tokens", "lm_head"), "checkpointing": "full"},
+    ),
+    "a quantised base's in float32": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        {"trained_modules": ("lm_head",), "quantization": "nf4-double"},
+    ),
+    "embeddings that were the head": (
+        "Qwen/Qwen2.5-0.5B",
+        {"trained_modules": ("embed_tokens",), "quantization": "nf4-double"},
+    ),
+    "scaled embeddings": (
+        "google/gemma-2b",
+        {"trained_modules": ("embed_tokens",), "checkpointing": "full"},
+    ),
+    "a head that was the embeddings": (
+        "openai-community/gpt2",
+        {"trained_modules": ("wte", "lm_head"), "checkpointing": "full"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "keys"), TRAINED_WHOLE.values(), ids=TRAINED_WHOLE)
+def test_modules_that_are_trained_whole_have_blocks_of_their_own(
+    model: str, keys: dict[str, Any]
+) -> None:
+    from memplan.simulator import simulate
+
+    recipe = Recipe(**keys | {"batch_size": 2, "sequence_length": 1024})
+    card = dataclasses.replace(CARD, capacity_bytes=10**12)
+
+    found = estimator.estimate(inspect(model), recipe, card)
+
+    simulated = simulate(inspect(model), recipe, card)
+    for ours, theirs in zip(found.moments[1:], simulated.moments[1:], strict=True):
+        assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.01)
+    peak = found.peak.allocated_bytes
+    assert peak == pytest.approx(simulated.peak.allocated_bytes, rel=0.01)
 
 
 def test_the_cache_is_what_is_reserved_beyond_what_is_allocated() -> None:
@@ -90,11 +137,38 @@ def test_a_card_that_does_not_suffice_names_the_moment_and_what_is_missing() -> 
     assert estimator.estimate(inspect(LLAMA), recipe, enough).fits
 
 
-def test_what_is_offloaded_keeps_the_closed_form_and_says_so() -> None:
-    found = footprint(checkpointing="full", offload=True)
+OFFLOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "inputs in half precision": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", {}),
+    "inputs that are kept for backward": (
+        "EleutherAI/pythia-410m",
+        {"quantization": "nf4-double"},
+    ),
+    "of every other layer": (
+        "google/gemma-3-1b-pt",
+        {"every_n_layers": 2, "quantization": "nf4-double"},
+    ),
+    "beside gradients": ("Qwen/Qwen2.5-0.5B", {"method": "full"}),
+}
 
-    assert any("offloaded is not replayed" in note for note in found.notes)
-    assert found.peak.reserved_bytes >= found.peak.allocated_bytes
+
+@pytest.mark.parametrize(("model", "keys"), OFFLOADED.values(), ids=OFFLOADED)
+def test_what_is_offloaded_comes_back_for_backward(
+    model: str, keys: dict[str, Any]
+) -> None:
+    from memplan.simulator import simulate
+
+    shape = {"batch_size": 4, "sequence_length": 1024}
+    recipe = Recipe(**keys | shape | {"checkpointing": "full", "offload": True})
+    card = dataclasses.replace(CARD, capacity_bytes=10**12)
+
+    found = estimator.estimate(inspect(model), recipe, card)
+
+    simulated = simulate(inspect(model), recipe, card)
+    for ours, theirs in zip(found.moments[2:], simulated.moments[2:], strict=True):
+        assert ours.reserved_bytes == pytest.approx(theirs.reserved_bytes, rel=0.01)
+    peak = found.peak.allocated_bytes
+    assert peak == pytest.approx(simulated.peak.allocated_bytes, rel=0.01)
+    assert not any("replayed" in note for note in found.notes)
 
 
 def test_without_torch_what_no_track_is_known_of_is_said(

@@ -129,6 +129,28 @@ def test_int8_keeps_its_input_as_long_as_the_graph() -> None:
     assert trace_layer(dataclasses.replace(QLORA, quantization="int8")).sticks
 
 
+def test_an_adapter_s_gradient_is_scaled_before_a_checkpoint_runs_again() -> None:
+    """The product with alpha / r asks for nothing that forward kept."""
+    lora, frozen = (
+        trace_layer(dataclasses.replace(QLORA, method=name))
+        for name in ("lora", "frozen")
+    )
+
+    assert lora.ahead == {"No": 4}
+    assert frozen.ahead == {}
+
+
+def test_a_checkpoint_stops_once_backward_has_what_it_asks_for() -> None:
+    """The frozen product's output is there then, the sum with the adapter's is not."""
+    plain = dataclasses.replace(
+        QLORA, quantization="none", adapter_dtype="bfloat16", dropout=False
+    )
+    tape = trace_layer(plain)
+    numbers = sizes(640, 16)
+
+    assert numbers.of(tape.again)[1] < numbers.of(tape.forward)[1]
+
+
 def test_tapes_are_what_their_files_hold() -> None:
     gpt2 = inspect("openai-community/gpt2")
     layer, body, loss = (

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import _StopRecomputationError, checkpoint
 from transformers import PreTrainedConfig
 
 from memplan import quantizations
@@ -236,7 +237,15 @@ def _step(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
 
 
 def _pass(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
-    """A checkpoint's first forward, between two marks; its input is made within."""
+    """A checkpoint's first forward, between two marks; its input is made within.
+
+    Backward begins between the first mark of its kind and the second source's, after
+    which the forward stops at a mark of its own: all that was asked for is there.
+    """
+
+    class StopError(_StopRecomputationError):
+        def __init__(self) -> None:
+            tracer.mark("stop", 0, None)
 
     def run(token: torch.Tensor) -> torch.Tensor:
         x = _Source.apply(token, dtype, tracer)  # type: ignore[no-untyped-call]
@@ -246,8 +255,15 @@ def _pass(model: nn.Module, tracer: TapeTracer, dtype: torch.dtype) -> None:
         return y
 
     y = checkpoint(run, tracer.token, use_reentrant=False)
+    loss = _Sink.apply(y, tracer)  # type: ignore[no-untyped-call]
     tracer.mark("dropped", 0, y)
     del y
+    with (
+        torch.autocast("cuda", enabled=False),
+        mock.patch.object(torch.utils.checkpoint, "_StopRecomputationError", StopError),
+    ):
+        loss.backward()
+    del loss
 
 
 class _Source(torch.autograd.Function):
@@ -258,6 +274,7 @@ class _Source(torch.autograd.Function):
         ctx: Any, token: torch.Tensor, dtype: torch.dtype, tracer: TapeTracer
     ) -> torch.Tensor:
         ctx.tracer = tracer
+        tracer.mark("source", 0, None)
         shape = (BATCH, LENGTHS[0], IN_FEATURES)
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -316,8 +333,10 @@ class _Reader:
         holds = all((b, s) != (x, FREE) for b, s in events[begin:dropped])
         passing = self._read_passing()
         left = add(passing.net, size_of(self._log.sizes[output]), -1)
+        ahead = stretch_of(self._log, back, back + self._num_ahead()).net
+        forward = stretch_of(self._log, begin, end)
         return LayerTape(
-            forward=stretch_of(self._log, begin, end),
+            forward=forward,
             passing=passing,
             cached={word: each for word, each in left.items() if "N" not in word},
             sticks=self._sticks(),
@@ -326,6 +345,8 @@ class _Reader:
             backward=tuple(self._backward(back, behind, {x: "x", grad_y: "y"})),
             holds_input=holds,
             kept=tuple(size_of(self._log.sizes[block]) for block in kept),
+            ahead=ahead,
+            again=self._read_again(forward),
         )
 
     def track(self) -> LayerTrack:
@@ -341,11 +362,12 @@ class _Reader:
         adapting = Span(self._tracer, {})
         adapt = adapting.write(self._at["loaded"][0], self._at["adapted"][0])
         log, tracer = self._passing
-        places = {mark.kind: (place, mark.block) for place, mark in tracer.marks}
-        first, last = places["F"], places["f"]
+        first, last = self._first_mark("F"), self._first_mark("f")
         passing = Span(tracer, {first[1]: INPUT})
         passed = passing.write(first[0], last[0])
+        ahead = span.write(back, back + self._num_ahead())
         return LayerTrack(
+            ahead=len(ahead),
             lasting=tuple(n for n in span.lasting if span.blocks[n] not in (output, x)),
             output=span.number(output),
             input_gradient=span.number(grad_x),
@@ -374,16 +396,40 @@ class _Reader:
 
     def _sticks(self) -> bool:
         """Whether the input outlives a checkpoint's first forward."""
-        log, tracer = self._passing
-        places = {mark.kind: (place, mark.block) for place, mark in tracer.marks}
-        begin, x = places["F"]
-        end, _ = places["dropped"]
+        log, _ = self._passing
+        begin, x = self._first_mark("F")
+        end, _ = self._first_mark("dropped")
         return (x, FREE) not in log.events[begin:end]
 
     def _read_passing(self) -> Stretch:
+        log, _ = self._passing
+        (begin, _), (end, _) = self._first_mark("F"), self._first_mark("f")
+        return stretch_of(log, begin, end)
+
+    def _read_again(self, forward: Stretch) -> Stretch:
+        """The forward as a checkpoint runs it again, with the peaks up to its stop."""
         log, tracer = self._passing
-        places = {mark.kind: place for place, mark in tracer.marks}
-        return stretch_of(log, places["F"], places["f"])
+        stops = [at for at, mark in tracer.marks if mark.kind == "stop"]
+        begins = [at for at, mark in tracer.marks if mark.kind == "F"][1:]
+        if not stops or not begins:
+            return forward
+        peaks = stretch_of(log, begins[0], stops[0]).peaks
+        return Stretch(net=forward.net, peaks=peaks)
+
+    def _first_mark(self, kind: str) -> tuple[int, int]:
+        """Where a checkpoint's run first has a mark of that kind, and its block."""
+        _, tracer = self._passing
+        return next((at, mark.block) for at, mark in tracer.marks if mark.kind == kind)
+
+    def _num_ahead(self) -> int:
+        """Events of backward before the checkpoint runs the layer again.
+
+        None where nothing of the layer is asked for, and a later one asks first.
+        """
+        _, tracer = self._passing
+        back, _ = self._first_mark("B")
+        again = [at for at, mark in tracer.marks if mark.kind == "source"][1:]
+        return again[0] - back if again else 0
 
 
 def stretch_of(log: EventLog, begin: int, end: int) -> Stretch:
