@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from command_line import run
 
+from memplan import registry
 from memplan.reporters.schema import output_schema
 
 SMALL = {
@@ -92,6 +93,20 @@ def test_a_card_too_small_exits_with_1_and_says_where(model: str) -> None:
 def test_clipping_is_a_moment(model: str) -> None:
     found = simulate(model, "--max-grad-norm", "1.0")
     assert "2.clip" in [moment["label"] for moment in found["moments"]]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [name for name in registry.names("optimizers") if name != "lora-fa"]
+)
+def test_groups_with_other_rates_take_no_other_memory(
+    model: str, optimizer: str
+) -> None:
+    def peak(method: str) -> Any:
+        asked = ("--method", method, "--optimizer", optimizer)
+        return simulate(model, *asked)["peak"]["allocated_bytes"]
+
+    # Where a step holds lists of tensors, it holds those of one group at a time.
+    assert peak("lora-plus") == pytest.approx(peak("lora"), rel=0.01)
 
 
 def test_a_recipe_file_and_options_that_win(model: str, tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+LEARNING_RATE = 1e-4
+"""Of no use but to methods whose groups differ in it."""
+
 
 class StateOnly(torch.optim.Optimizer):
     """Creates state at the first step, parameter after parameter; updates nothing."""
@@ -22,7 +25,7 @@ class StateOnly(torch.optim.Optimizer):
         loaded_state_of: Callable[[torch.nn.Parameter], dict[str, torch.Tensor]]
         | None = None,
     ) -> None:
-        super().__init__(parameters, {})
+        super().__init__(parameters, {"lr": LEARNING_RATE})
         self._state_of = state_of
         self._loaded_state_of = loaded_state_of or state_of
 
