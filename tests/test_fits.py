@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 from small_llama import architecture
 
-from memplan import estimator
-from memplan.catalog import inspect
+from memplan import estimator, tapes
+from memplan.catalog import catalog_models, inspect
 from memplan.errors import InputError, UnknownNameError
 from memplan.fits import Answer, Way, least_weights_bytes, ranked, ways, what_fits
 from memplan.footprint import Footprint, Moment
@@ -50,6 +50,21 @@ def test_ways_that_cannot_be_are_refused() -> None:
         ways(("lorra",), ())
     with pytest.raises(UnknownNameError, match="nf4"):
         ways((), ("nf5",))
+
+
+@pytest.mark.parametrize(
+    "card", ["RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3", "B200", "T4"]
+)
+def test_the_whole_catalog_is_answered_from_shipped_tapes(card: str) -> None:
+    models = [one.architecture for one in catalog_models()]
+    generative = [model for model in models if model.generative]
+
+    with tapes.known_only():
+        answers = [*what_fits(generative, ways(), {}, find_gpu(card), thorough=False)]
+
+    estimated = [answer for answer in answers if answer.footprint is not None]
+    assert [answer.problem for answer in answers if answer.problem] == []
+    assert len(estimated) > len(generative)
 
 
 def test_an_answer_is_the_estimate_of_its_recipe() -> None:

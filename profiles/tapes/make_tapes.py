@@ -32,8 +32,9 @@ from memplan.gpu import Gpu, find_gpu
 from memplan.inference import NONE, Inference, loaded_as
 from memplan.recipe import Recipe
 
-CARDS = ("RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3", "T4")
-"""Flash attention on small and on large cards, cuDNN's, the memory-efficient one."""
+CARDS = ("RTX 3060", "A100-SXM4-80GB", "H100 80GB HBM3", "B200", "T4")
+"""Flash attention on small and on large cards, cuDNN's, also that for latent heads,
+and the memory-efficient one."""
 
 FEW = "Tesla T4"
 """The card of which only the most usual recipes are traced, in both halves: it knows
@@ -154,7 +155,7 @@ def make_answering(names: list[str]) -> None:
 
 def _make_answering(architecture: Architecture) -> None:
     first = tapes.model_tape(architecture, first_regime(Recipe()))
-    lengths = (512, LONG) if first.window else (512,)
+    lengths = (min(512, first.window), LONG) if first.window else (512,)
     if drops_out(architecture) or adapts_experts(architecture, Recipe()):
         _trace_answers(architecture, lengths, DYNAMIC)
     windows = (first.window,) if first.window else ()
@@ -197,7 +198,7 @@ def _make(architecture: Architecture, cards: list[Gpu]) -> bool:
         first = tapes.model_tape(architecture, first_regime(Recipe()))
     except UNTRACEABLE:
         return False
-    lengths = (512, LONG) if first.window else (512,)
+    lengths = (min(512, first.window), LONG) if first.window else (512,)
     for keys, card, length in itertools.product(recipes(), cards, lengths):
         asked = [keys]
         if card.name == FEW:
