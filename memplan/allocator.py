@@ -785,8 +785,9 @@ class CachingAllocator:
 
     def _reserve(self, pool: _Pool, size: int, num_bytes: int) -> Block | None:
         """A free block of new memory outside its pool, or None (alloc_block)."""
-        segment_bytes = self._segment_bytes(size)
-        wanted_bytes = self.reserved_bytes + segment_bytes
+        large_bytes = self.settings.large_segment_size_bytes
+        num_segment_bytes = segment_bytes(size, large_bytes)
+        wanted_bytes = self.reserved_bytes + num_segment_bytes
         if wanted_bytes > self._allowed_bytes:
             return None
         if self._rejecting and wanted_bytes > self._device_bytes:
@@ -796,22 +797,15 @@ class CachingAllocator:
             return self._expand(pool, size)
         if wanted_bytes > self._capacity_bytes:
             return None
-        block = Block(pool, self._addresses.take(segment_bytes), segment_bytes)
+        address = self._addresses.take(num_segment_bytes)
+        block = Block(pool, address, num_segment_bytes)
         self._heads[block.address] = block
-        self._count_device_alloc(pool, segment_bytes)
+        self._count_device_alloc(pool, num_segment_bytes)
         for statistics in pool.statistics:
             statistics.segment.increase(1)
-        if segment_bytes >= self._max_split_bytes:
+        if num_segment_bytes >= self._max_split_bytes:
             self._oversize_segments.increase(1)
         return block
-
-    def _segment_bytes(self, size: int) -> int:
-        """The size of a new segment for a block (get_allocation_size)."""
-        if size <= SMALL_LIMIT_BYTES:
-            return SMALL_SEGMENT_BYTES
-        if size < MIN_LARGE_BYTES:
-            return self.settings.large_segment_size_bytes
-        return round_up(size, LARGE_ROUNDING_BYTES)
 
     def _release(self, block: Block) -> None:
         """Returns a segment that is one free block to the driver (release_block)."""
@@ -1098,6 +1092,15 @@ class _PoolStatistics:
             self.inactive_split_bytes.increase(num_bytes)
         else:
             self.inactive_split_bytes.current += num_bytes
+
+
+def segment_bytes(size: int, large_bytes: int = LARGE_SEGMENT_BYTES) -> int:
+    """The size of a new segment for a block of so many bytes (get_allocation_size)."""
+    if size <= SMALL_LIMIT_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if size < MIN_LARGE_BYTES:
+        return large_bytes
+    return round_up(size, LARGE_ROUNDING_BYTES)
 
 
 _STATISTIC_NAMES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Walk:
 
     def run(self, tape: Tape, *, passing: bool = False) -> None:
         """Walks a tape; `passing` is a checkpoint's first forward."""
-        asking = asks_for_it(tape)
+        asking = asks_for_it(map(_step, tape))
         if asking is not None:
             hole = self._holes[asking]
             self._ahead = value(hole.tape.ahead, hole.sizes)
@@ -133,21 +133,32 @@ class Walk:
         self._done.add(number)
 
 
-def asks_for_it(tape: Tape) -> int | None:
+MADE = "made"
+"""A step that makes blocks, in the place of a mark's kind."""
+
+
+def asks_for_it(steps: Iterable[tuple[str, int]]) -> int | None:
     """The hole whose backward asks a checkpoint to compute again what forward kept.
 
-    None where something else does, behind the last hole: then a block is made between
-    that hole's forward and its backward.
+    Steps are kinds of marks with their first holes, or MADE. None where something else
+    asks, behind the last hole: then a block is made between that hole's forward and its
+    backward.
     """
     last: int | None = None
-    for item in tape:
-        if isinstance(item, Stretch):
-            last = None if item.peaks else last
-        elif item.kind == "F":
-            (last,) = item.holes
-        elif item.kind == "B":
-            return last if item.holes == (last,) else None
+    for kind, hole in steps:
+        if kind == MADE:
+            last = None
+        elif kind == "F":
+            last = hole
+        elif kind == "B":
+            return last if hole == last else None
     return None
+
+
+def _step(item: Stretch | Mark) -> tuple[str, int]:
+    if isinstance(item, Mark):
+        return item.kind, item.holes[0]
+    return MADE if item.peaks else "", -1
 
 
 def last_holder(tapes: Mapping[int, LayerTape], done: Container[int]) -> int | None:

@@ -10,15 +10,11 @@ from bisect import bisect_left, insort
 
 from memplan.addresses import Addresses
 from memplan.allocator import (
-    LARGE_ROUNDING_BYTES,
-    LARGE_SEGMENT_BYTES,
     MIN_BLOCK_BYTES,
-    MIN_LARGE_BYTES,
     SMALL_LIMIT_BYTES,
-    SMALL_SEGMENT_BYTES,
     UNLIMITED_BYTES,
+    segment_bytes,
 )
-from memplan.units import round_up
 
 _ADDRESS_BITS = 64
 
@@ -58,7 +54,6 @@ class Pool:
         self._capacity_bytes = (
             UNLIMITED_BYTES if capacity_bytes is None else capacity_bytes
         )
-        self._is_small = is_small
         self._least_rest_bytes = MIN_BLOCK_BYTES if is_small else SMALL_LIMIT_BYTES + 1
         self._keys: list[int] = []
         """Of the free blocks, in order."""
@@ -109,7 +104,7 @@ class Pool:
                 self.reserved_bytes -= block.size_bytes
 
     def _new(self, size: int) -> Block:
-        num_bytes = self._segment_bytes(size)
+        num_bytes = segment_bytes(size)
         if self.reserved_bytes + num_bytes > self._capacity_bytes:
             self.empty_cache()
         reserved_bytes = self.reserved_bytes + num_bytes
@@ -118,13 +113,6 @@ class Pool:
         self.reserved_bytes = reserved_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved_bytes)
         return Block(self._addresses.take(num_bytes), num_bytes)
-
-    def _segment_bytes(self, size: int) -> int:
-        if self._is_small:
-            return SMALL_SEGMENT_BYTES
-        if size < MIN_LARGE_BYTES:
-            return LARGE_SEGMENT_BYTES
-        return round_up(size, LARGE_ROUNDING_BYTES)
 
     def _cache(self, block: Block) -> None:
         block.is_free = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memplan.allocator import SMALL_LIMIT_BYTES
-from memplan.estimator.activations import last_holder
+from memplan.estimator.activations import MADE, asks_for_it, last_holder
 from memplan.estimator.polynomials import Sizes, rounded, value
 from memplan.tape import LOSS, LayerTape
 from memplan.track import (
@@ -153,7 +153,7 @@ class _Compiler:
         """The operations of some events; a first few may keep nothing for backward."""
         self._lister = _Lister()
         self._in_backward = in_backward
-        asking = _asks_for_it(events)
+        asking = asks_for_it(map(_step, events))
         if asking is not None:
             self._begin_backward(asking)
         for place, event in enumerate(events):
@@ -388,20 +388,10 @@ class _Compiler:
         self._hole_events(loss.backward, numbers, lasting, LOSS)
 
 
-def _asks_for_it(events: Events) -> int | None:
-    """The hole whose backward asks a checkpoint for what forward kept.
-
-    As in memplan.estimator.activations: nothing is made between its forward and that.
-    """
-    last: int | None = None
-    for event in events:
-        if isinstance(event, int):
-            last = None if event >= 0 else last
-        elif event[0] == "F":
-            last = event[1]
-        elif event[0] == "B":
-            return last if event[1] == last else None
-    return None
+def _step(event: Any) -> tuple[str, int]:
+    if isinstance(event, int):
+        return MADE if event >= 0 else "", event
+    return event[0], event[1]
 
 
 def adapt_listing(holes: Sequence[Filling]) -> tuple[int, Listing]:

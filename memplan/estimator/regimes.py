@@ -212,11 +212,15 @@ def is_embedding_trained(architecture: Architecture, recipe: Recipe) -> bool:
     """Whether the token embeddings get a gradient."""
     embedding = (architecture.vocab_size, architecture.hidden_size)
     return recipe.method == "full" or any(
-        parameter.path.rpartition(".")[0].endswith(name)
+        is_named(parameter.path.rpartition(".")[0], recipe)
         for parameter in architecture.parameters
         if parameter.kind == "embedding" and parameter.shape == embedding
-        for name in recipe.trained_modules
     )
+
+
+def is_named(path: str, recipe: Recipe) -> bool:
+    """Whether a module is trained whole (PEFT's modules_to_save)."""
+    return any(path.endswith(name) for name in recipe.trained_modules)
 
 
 def loss_regime(recipe: Recipe, hidden_dtype: str) -> LossRegime:

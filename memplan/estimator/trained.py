@@ -11,7 +11,7 @@ from memplan import methods
 from memplan.architecture import Architecture, Parameter
 from memplan.estimator.experts import adapts_experts, expert_shapes
 from memplan.estimator.layout import Layout, Role
-from memplan.estimator.regimes import dtype_outside, is_head_trained
+from memplan.estimator.regimes import dtype_outside, is_head_trained, is_named
 from memplan.estimator.weights import DTYPE_BYTES
 from memplan.recipe import Recipe
 
@@ -121,21 +121,18 @@ def _modules(architecture: Architecture, recipe: Recipe) -> Iterator[Tensors]:
     """
     item = DTYPE_BYTES[dtype_outside(recipe)]
 
-    def is_named(path: str) -> bool:
-        return any(path.endswith(name) for name in recipe.trained_modules)
-
     def copied(shape: Shape, place: int, count: int = 1) -> Tensors:
         return Tensors(shape=shape, count=count, item=item, place=place, is_copy=True)
 
     for parameter in architecture.parameters:
-        if is_named(parameter.path.rpartition(".")[0]):
+        if is_named(parameter.path.rpartition(".")[0], recipe):
             yield copied(parameter.shape, _place(parameter))
     for block in architecture.blocks:
         for parameter in block.parameters:
-            if is_named(parameter.path.rpartition(".")[0]):
+            if is_named(parameter.path.rpartition(".")[0], recipe):
                 yield copied(parameter.shape, 0, len(block.layers))
     for linear in architecture.linears:
-        if is_named(linear.path):
+        if is_named(linear.path, recipe):
             yield copied((linear.out_features, linear.in_features), 1)
             if linear.bias:
                 yield copied((linear.out_features,), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan import estimator, tapes
 from memplan.architecture import Architecture
@@ -25,6 +25,9 @@ from memplan.report.levers import Levers, levers
 from memplan.report.modules import Cell, cells
 from memplan.residuals import Range, comparable_errors
 from memplan.simulation import LiveBlock, Simulation
+
+if TYPE_CHECKING:
+    from memplan.estimator.inference import InferenceEstimate
 
 LARGEST = 12
 """Tensors that are listed."""
@@ -124,32 +127,34 @@ def of_estimate(
     if subject.inference is not None:
         return _of_answers(subject, subject.inference)
     found = found or _run(subject)
-    return _report(
-        subject,
-        kind="estimate",
-        drawn_from="estimate",
-        footprint=found.footprint,
-        parameters=found.parameters,
-        terms=terms(found),
-        course=of_moments(found.footprint.moments),
-        estimate=found,
-        whole=whole,
-    )
+    return _of_closed_form(subject, found, terms(found), estimate=found, whole=whole)
 
 
 def _of_answers(subject: Subject, asked: Inference) -> Report:
     from memplan.estimator import inference
 
     found = inference.run(subject.architecture, subject.recipe, asked, subject.gpu)
+    return _of_closed_form(subject, found, inference.inference_terms(found))
+
+
+def _of_closed_form(
+    subject: Subject,
+    found: Estimate | InferenceEstimate,
+    listed: tuple[Term, ...],
+    *,
+    estimate: Estimate | None = None,
+    whole: bool = True,
+) -> Report:
     return _report(
         subject,
         kind="estimate",
         drawn_from="estimate",
         footprint=found.footprint,
         parameters=found.parameters,
-        terms=inference.inference_terms(found),
+        terms=listed,
         course=of_moments(found.footprint.moments),
-        estimate=None,
+        estimate=estimate,
+        whole=whole,
     )
 
 
